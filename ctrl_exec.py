@@ -1,0 +1,6985 @@
+#!/usr/bin/python3 -I
+"""ctrl-exec: run allowlisted scripts on a fleet of hosts over mutual TLS, from one file.
+
+One file, three roles, picked by the name the file is invoked by (make symlinks) or by its first word:
+
+    ced, ctrl-exec    the dispatcher: a command line on the control host that holds a private CA, pairs
+                      agents, keeps their registry, and runs a named script on one host or thousands.
+    cea               the agent: a daemon on every managed host that runs what its own allowlist names.
+    ctrl_exec.py demo a whole deployment in a temporary directory, to look at.
+
+The file reads from the ground up: nothing is used above its definition, and each section opens with
+what it owns and which sections it may use.
+
+     1 HEAD       version, ports, paths, limits     11 SCRIPTS    what may run, and as what
+     2 ERRORS     every failure with its status     12 JOBS       executor, supervisor, run records
+     3 GROUND     log, files, locks, programs       13 AGENT      the daemon: pipeline and reload
+     4 SETTINGS   one row per configuration key     14 REGISTRY   agents, host patterns, locks
+     5 OPENSSL    the openssl program               15 PAIRING    both halves of one protocol
+     6 TRUST      CA, identities, TLS contexts      16 DISPATCH   work on many hosts
+     7 WIRE       JSON over HTTP, both ways         17 API        (the number is kept for it)
+     8 SERVER     listening                         18 CLI        verbs, tables, text, JSON, demo
+     9 CLIENT     one request to one host           19 MAIN       role, signals, exit status
+    10 POLICY     auth hooks, rate limits
+
+Where to begin: how a request is decided, AGENT; what a script is given, JOBS; who is believed and why,
+TRUST and PAIRING; what `ced run` does, DISPATCH; what a key means, SETTINGS.
+"""
+
+# ======================================================================================================
+# 1. HEAD
+# Owns:  the Python floor, the imports, the version, and every number, name and path that others share.
+# Uses:  nothing
+# Why here: a limit is read next to its reason, and nothing below needs to explain itself twice.
+# ======================================================================================================
+
+import sys
+
+# The floor is what RHEL 9 and Debian 11 ship. The check stands before anything an older Python could
+# trip over at run time, and the file keeps to syntax that Python 3.6 still parses, so that the answer
+# there is this sentence and not a SyntaxError.
+if sys.version_info < (3, 9):
+    sys.exit("ctrl-exec needs Python 3.9 or newer; this is Python %d.%d" % sys.version_info[:2])
+
+# What every `ced run` imports. Dearer modules (argparse, subprocess, hashlib, ...) are imported by the one
+# function that needs them: a person waits for `ced`, and most of its time is Python starting.
+import errno
+import fcntl
+import json
+import os
+import re
+import select
+import signal
+import socket
+import ssl
+import stat
+import threading
+import time
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Optional
+
+# Values that pass between sections are NamedTuples and not frozen dataclasses: creating thirty
+# dataclasses costs each start 25 ms and importing their module 8 ms; NamedTuples cost 6 and 2.
+
+__version__ = "1.0.0"
+
+AGENT_PORT = 7443
+PAIRING_PORT = 7444
+API_PORT = 7445
+
+ETC = "/etc/ctrl-exec"
+VAR = "/var/lib/ctrl-exec"
+AGENT_ETC = "/etc/ctrl-exec-agent"
+AGENT_VAR = "/var/lib/ctrl-exec-agent"
+ROOT_LOG = "/var/log/ctrl-exec.log"  # events, when --root moves every path
+
+DISPATCHER_USER = "ctrl-exec"  # what faces the network on the control host becomes this user
+AGENT_USER = "ctrl-exec-agent"  # ... and on a managed host this one
+
+# What programs and scripts find as PATH: fixed, so that the caller's own PATH decides nothing.
+SAFE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+# --- limits on what a peer may send --------------------------------------------------------------------
+
+MAX_BODY = 1024 * 1024  # a request; lower and long argument lists fail, higher and 256 peers cost 256 MB
+MAX_PAIRING_BODY = 64 * 1024  # a CSR is 1 KiB, a CA certificate 2
+MAX_HEADERS = 32  # lines; real clients send fewer than 15
+MAX_HEAD = 32 * 1024  # bytes of request line and headers together
+MAX_JSON_DEPTH = 32  # levels; ours need 4, and the C parser's own limit differs between Pythons
+MAX_CSR = 10 * 1024  # bytes of PEM; RSA-4096 with long names needs 2 KiB
+MAX_ANSWER = 160 * 1024 * 1024  # two streams of 10 MiB of the worst case: 6 bytes of JSON for one, + base64
+MAX_STATE_FILE = 1024 * 1024  # any one of our own JSON files
+MAX_SIDECAR = 64 * 1024
+MAX_NAME = 253  # a host name (RFC 1035 section 2.3.4 less the root)
+MAX_SCRIPT_NAME = 128  # a script name becomes part of file names, which end at 255 bytes
+
+# --- deadlines, in seconds ------------------------------------------------------------------------------
+
+HANDSHAKE_SECONDS = 10  # TLS from first byte to last; a satellite link needs 3
+HEAD_SECONDS = 10  # a whole request head
+BODY_SECONDS = 30  # a whole request body: 1 MiB at 300 kbit/s
+WRITE_SECONDS = 60  # a client that takes nothing for this long is gone
+IDLE_SECONDS = 15  # a kept-alive connection between two requests
+LINGER_SECONDS = 2  # after a refusal: time for the peer to read it before the connection is reset
+DRAIN_SECONDS = 10  # SIGTERM: what is being answered may end
+KILL_GRACE_SECONDS = 5  # between TERM and KILL for a script past its time limit
+OUTPUT_GRACE_SECONDS = 0.5  # after a script's exit: what its background children may still write
+OPENSSL_SECONDS = 60  # RSA keys on a small board take 20
+MAX_PAIRING_WAIT = 600
+
+# --- trust ----------------------------------------------------------------------------------------------
+
+CA_DAYS = 3650
+BACKDATE_SECONDS = 2 * 3600  # a host whose clock is an hour slow must accept a new certificate
+SERIAL_BYTES = 16  # CA/Browser Forum asks for 64 bits at least; RFC 5280 allows 20 octets
+NONCE_BYTES = 32
+PAIRING_CODE_DIGITS = 6
+MIN_RSA_BITS = 2048
+
+# --- names (always with fullmatch; ASCII classes only) --------------------------------------------------
+
+HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,%d}" % (MAX_NAME - 1))
+SCRIPT_NAME = re.compile(r"[A-Za-z0-9_-]{1,%d}" % MAX_SCRIPT_NAME)
+REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+PROFILE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+TAG_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+SCHEMA_VERSION = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+EXIT_USAGE = 2
+EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h
+EXIT_CONFIG = 78  # EX_CONFIG: systemd is told not to restart on it
+
+
+# ======================================================================================================
+# 2. ERRORS
+# Owns:  every failure that a person or a peer can see. The class is the contract: exit status, HTTP
+#        status and code. The message is public; the cause is chained, and goes to the log at most.
+# Uses:  HEAD
+# Why here: everything below fails in these words.
+# ======================================================================================================
+
+
+class CtrlExecError(Exception):
+    """A failure that was foreseen: one sentence saying what and where, and a hint saying what to do."""
+
+    exit_code = 1
+    http_status = 500
+    code = "error"
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(CtrlExecError):
+    """The command line asks for something that does not exist or does not fit together."""
+
+    exit_code = EXIT_USAGE
+    http_status = 400
+    code = "usage"
+
+
+class ConfigError(CtrlExecError):
+    """A configuration file is missing, unreadable or wrong; the message begins with FILE:LINE."""
+
+    exit_code = EXIT_CONFIG
+    code = "config"
+
+
+class BadRequest(CtrlExecError):
+    """A peer sent something that is not a request; `field` names the JSON field at fault, if one is."""
+
+    http_status = 400
+    code = "bad-request"
+
+    def __init__(self, message: str, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class Denied(CtrlExecError):
+    """Policy says no. `reason_code` is the hook's: 1 denied, 2 bad credentials, 3 insufficient privilege."""
+
+    http_status = 403
+    code = "denied"
+
+    def __init__(self, message: str, reason_code: int = 1, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.reason_code = reason_code
+
+
+class ScriptRefused(CtrlExecError):
+    """The agent will not run this script: its name, its file or its profile does not allow it."""
+
+    http_status = 200  # the answer to a well-formed request; its `exit` is -1
+    code = "refused"
+
+
+class NotFound(CtrlExecError):
+    """No such host, request, route or record."""
+
+    http_status = 404
+    code = "not-found"
+
+
+class UnknownHost(NotFound):
+    """A host that is not in the registry was named; nothing has been sent to anybody."""
+
+    exit_code = EXIT_USAGE
+    code = "unknown-host"
+
+
+class MethodNotAllowed(CtrlExecError):
+    """The path exists, but not for this method."""
+
+    http_status = 405
+    code = "method"
+
+
+class Busy(CtrlExecError):
+    """The script is running already and its allowlist line allows no more at once."""
+
+    http_status = 409
+    code = "busy"
+
+
+class Locked(CtrlExecError):
+    """Another request holds the lock of one of the host:script pairs asked for."""
+
+    http_status = 409
+    code = "locked"
+
+    def __init__(self, conflicts: tuple) -> None:
+        super().__init__("locked: " + ", ".join(conflicts), "see: ced list-locks")
+        self.conflicts = conflicts
+
+
+class LengthRequired(CtrlExecError):
+    """A body without a Content-Length (RFC 9110 section 15.5.12)."""
+
+    http_status = 411
+    code = "length"
+
+
+class TooLarge(CtrlExecError):
+    """A body over its limit; refused before it is read."""
+
+    http_status = 413
+    code = "too-large"
+
+
+class HeadTooLarge(CtrlExecError):
+    """Too many headers, or too long ones (RFC 6585 section 5)."""
+
+    http_status = 431
+    code = "head-too-large"
+
+
+class Unavailable(CtrlExecError):
+    """Not now: out of processes, descriptors or queue places. Trying again later may work."""
+
+    http_status = 503
+    code = "unavailable"
+
+
+class TrustError(CtrlExecError):
+    """A key, certificate, trust map or revocation list on disk cannot be believed."""
+
+    code = "trust"
+
+
+class StorageError(CtrlExecError):
+    """A file of ours could not be read or written; the message has its path and the system's reason."""
+
+    code = "storage"
+
+
+class ProgramError(CtrlExecError):
+    """A helper program (openssl) failed; the message has the end of what it said."""
+
+    code = "program"
+
+
+class TransportError(CtrlExecError):
+    """A host did not answer. `state` is `unreachable` (nothing was sent), `timeout` or `unknown`."""
+
+    http_status = 502
+    code = "transport"
+
+    def __init__(self, message: str, state: str = "unreachable", hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.state = state
+
+
+class PairingTimeout(CtrlExecError):
+    """Nobody decided about a pairing request in time."""
+
+    exit_code = 2
+    http_status = 408
+    code = "pairing-timeout"
+
+
+class PairingDenied(CtrlExecError):
+    """A pairing request was denied, or what came back does not prove who sent it."""
+
+    exit_code = 3
+    http_status = 403
+    code = "pairing-denied"
+
+
+# ======================================================================================================
+# 3. GROUND
+# Owns:  the operating system, once: the clock, ids, log lines, atomic files, file locks, users, and the
+#        one door to helper programs.
+# Uses:  HEAD, ERRORS
+# On disk: nothing of its own
+# ======================================================================================================
+
+
+def now() -> float:
+    """Seconds since the epoch. The one wall clock, so that a test can move it; durations use Deadline."""
+    return time.time()
+
+
+def iso_time(seconds: float) -> str:
+    """A time as UTC, ISO 8601 with `Z`."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+def new_id(size: int = 8) -> str:
+    """`size` random bytes from the kernel, as lower-case hex."""
+    return os.urandom(size).hex()
+
+
+class Deadline:
+    """A moment on the monotonic clock; it does not move when somebody sets the time."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._end = time.monotonic() + seconds
+
+    def left(self) -> float:
+        """Seconds until then, never below zero."""
+        return max(0.0, self._end - time.monotonic())
+
+    def is_over(self) -> bool:
+        return time.monotonic() >= self._end
+
+
+# --- text for people ------------------------------------------------------------------------------------
+
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_PLAIN_VALUE = re.compile(r"[A-Za-z0-9._:/@,+*-]+")
+
+
+def printable(text: str) -> str:
+    """Text that cannot move a cursor, change a title or reverse a line: controls become \\xNN."""
+    return _CONTROL.sub(lambda hit: hit[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)
+
+
+def one_line(text: str) -> str:
+    """`printable`, on one line."""
+    return printable(text).replace("\n", "\\n").replace("\t", " ")
+
+
+def format_event(action: str, fields: dict) -> str:
+    """One event as one line: ACTION first, the other keys sorted, awkward values quoted as in JSON."""
+    words = ["ACTION=" + action]
+    for key in sorted(fields):
+        value = str(fields[key])
+        if len(value) > 1000:
+            value = value[:1000] + "..."
+        words.append("%s=%s" % (key, value if _PLAIN_VALUE.fullmatch(value) else json.dumps(value)))
+    return " ".join(words)
+
+
+class EventLog:
+    """Where events go: a file (with --root), else syslog, else standard error."""
+
+    def __init__(self) -> None:
+        self._descriptor = 2  # standard error until MAIN has read the command line
+        self._syslog = None  # the module, once it is the destination
+
+    def open(self, tag: str, path: str = "", foreground: bool = False) -> None:
+        """Choose the destination. Raises StorageError when the log file cannot be opened."""
+        self._syslog = None
+        if foreground:
+            self._descriptor = 2
+        elif path:
+            self._descriptor = _open_log(path)
+        elif os.path.exists("/dev/log"):
+            import syslog
+
+            syslog.openlog(tag, syslog.LOG_PID, syslog.LOG_DAEMON)
+            self._syslog = syslog
+
+    def event(self, action: str, **fields: object) -> None:
+        """Log one event. Never raises: a full disk must not stop a request that was already decided."""
+        line = format_event(action, fields)
+        try:
+            if self._syslog is not None:
+                self._syslog.syslog(self._syslog.LOG_INFO, line)
+            else:
+                os.write(self._descriptor, (iso_time(now()) + " " + line + "\n").encode("ascii"))
+        except OSError:
+            pass
+
+    def descriptor(self) -> int:
+        """The descriptor to keep open across a fork that closes the others."""
+        return self._descriptor
+
+
+def _open_log(path: str) -> int:
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
+    except OSError as error:
+        raise StorageError("cannot open the log %s: %s" % (path, error.strerror)) from error
+
+
+LOG = EventLog()
+
+
+class Finding(NamedTuple):
+    """One line of a check: OK, WARN or FAIL, what was looked at, and what to do about it."""
+
+    level: str
+    what: str
+    hint: str = ""
+
+
+def try_check(findings: list, what: str, check: Callable) -> Any:
+    """Add how one check went to `findings`, and return its result, or None when it failed."""
+    try:
+        result = check()
+    except CtrlExecError as error:
+        findings.append(Finding("FAIL", "%s: %s" % (what, error.message), error.hint))
+        return None
+    findings.append(Finding("OK", what))
+    return result
+
+
+def log_bug(error: BaseException, **fields: object) -> None:
+    """Log an exception nobody foresaw: one line with what a bug report needs."""
+    import traceback
+
+    trace = "".join(traceback.format_exception(type(error), error, error.__traceback__)[-6:])
+    about = "ctrl-exec %s, Python %s, %s" % (__version__, sys.version.split()[0], ssl.OPENSSL_VERSION)
+    LOG.event("bug", ABOUT=about, TRACE=trace[-900:], **fields)
+
+
+def tell_systemd(state: str) -> None:
+    """Send `state` to the service manager, if one listens (sd_notify(3)); nothing happens otherwise."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            channel.sendto(state.encode("ascii"), address.replace("@", "\0", 1))
+    except OSError:
+        pass
+
+
+# --- files ----------------------------------------------------------------------------------------------
+
+
+class Owner(NamedTuple):
+    """A user and group to give a file to; -1 leaves that one as it is."""
+
+    uid: int = -1
+    gid: int = -1
+
+
+def find_service_owner(user: str) -> Optional[Owner]:
+    """Ids of the service user `user` when we are root and it exists, else None: then nothing changes hands."""
+    if os.geteuid() != 0:
+        return None
+    import pwd
+
+    try:
+        entry = pwd.getpwnam(user)
+    except KeyError:
+        return None
+    return Owner(entry.pw_uid, entry.pw_gid)
+
+
+def become_user(user: str) -> None:
+    """Give up root for `user` for good; where there is no such user, for nobody. Not root: nothing to do."""
+    if os.geteuid() != 0:
+        return
+    owner = find_service_owner(user) or Owner(65534, 65534)
+    os.setgroups([])
+    os.setresgid(owner.gid, owner.gid, owner.gid)
+    os.setresuid(owner.uid, owner.uid, owner.uid)
+
+
+def read_file(path: str, limit: int = MAX_STATE_FILE) -> bytes:
+    """The content of a regular file of at most `limit` bytes. Raises StorageError, or FileNotFoundError."""
+    try:
+        # O_NONBLOCK: a FIFO put in the place of a file must not hold us
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with os.fdopen(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise StorageError("%s: not a regular file" % path)
+            data = file.read(limit + 1)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        hint = "run this as root, or as a user who may read it" if error.errno == errno.EACCES else ""
+        raise StorageError("cannot read %s: %s" % (path, error.strerror), hint) from error
+    if len(data) > limit:
+        raise StorageError("%s: larger than %d bytes" % (path, limit))
+    return data
+
+
+def read_text(path: str, limit: int = MAX_STATE_FILE) -> str:
+    """`read_file` as UTF-8. Raises StorageError when it is not."""
+    try:
+        return read_file(path, limit).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise StorageError("%s: not UTF-8 at byte %d" % (path, error.start)) from error
+
+
+def read_json_file(path: str) -> dict:
+    """A JSON object of ours. Raises StorageError naming the file when it is cut short or not an object."""
+    try:
+        value = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise StorageError("%s: not JSON (%s)" % (path, error)) from error
+    if not isinstance(value, dict):
+        raise StorageError("%s: not a JSON object" % path)
+    return value
+
+
+def make_directory(path: str, mode: int, owner: Optional[Owner] = None) -> None:
+    """Make a directory and its parents if they are not there; an existing one is left as it is."""
+    if os.path.isdir(path):
+        return
+    try:
+        os.makedirs(path, exist_ok=True)
+        if owner is not None:
+            os.chown(path, owner.uid, owner.gid)
+        os.chmod(path, mode)
+    except OSError as error:
+        raise StorageError("cannot make the directory %s: %s" % (path, error.strerror)) from error
+
+
+def _sync_directory(directory: str) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(
+    path: str,
+    data: bytes,
+    mode: int = 0o640,
+    durable: bool = False,
+    owner: Optional[Owner] = None,
+    replace: bool = True,
+) -> None:
+    """Write a file whole: temporary file beside it, flush, rename. `durable` adds fsync of both.
+
+    The mode is right before the first byte is written. With `replace` off, an existing file is kept and
+    FileExistsError raised. Raises StorageError for everything the disk or the rights refuse.
+    """
+    directory = os.path.dirname(path) or "."
+    temporary = os.path.join(directory, ".tmp-" + new_id())
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(temporary, flags, 0o600)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                if owner is not None:
+                    os.fchown(descriptor, owner.uid, owner.gid)
+                os.fchmod(descriptor, mode)
+                file.write(data)
+                file.flush()
+                if durable:
+                    os.fsync(descriptor)
+            if replace:
+                os.rename(temporary, path)
+            else:
+                os.link(temporary, path)  # fails when the name is taken, as rename does not
+                os.unlink(temporary)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+        if durable:
+            _sync_directory(directory)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise StorageError("cannot write %s: %s" % (path, error.strerror)) from error
+
+
+def encode_state(value: dict) -> bytes:
+    """A state file of ours: JSON that a person can read and diff."""
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode("ascii")
+
+
+class FileLock:
+    """An exclusive flock(2) on a file of its own. The kernel frees it when its holder dies.
+
+    `transient` removes the file on release, so that a directory of locks shows what is held.
+    """
+
+    def __init__(self, path: str, transient: bool = False, mode: int = 0o660) -> None:
+        self.path = path
+        self._transient = transient
+        self._mode = mode
+        self._descriptor = -1
+
+    def acquire(self, wait: bool = False) -> bool:
+        """Take the lock; False when another holds it and `wait` is off. Raises StorageError."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        while True:
+            try:
+                descriptor = os.open(self.path, flags, self._mode)
+            except OSError as error:
+                raise StorageError("cannot open the lock %s: %s" % (self.path, error.strerror)) from error
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except OSError as error:
+                os.close(descriptor)
+                if error.errno in (errno.EAGAIN, errno.EACCES):
+                    return False
+                raise StorageError("cannot lock %s: %s" % (self.path, error.strerror)) from error
+            # A holder that released it meanwhile may have removed the file we opened: only the lock on
+            # the file that the path names now is the lock.
+            if self._is_current(descriptor):
+                self._descriptor = descriptor
+                return True
+            os.close(descriptor)
+
+    def _is_current(self, descriptor: int) -> bool:
+        try:
+            named = os.stat(self.path)
+        except OSError:
+            return False
+        held = os.fstat(descriptor)
+        return (named.st_dev, named.st_ino) == (held.st_dev, held.st_ino)
+
+    def write(self, text: str) -> None:
+        """Say in the file who holds it; for people, never for deciding."""
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, text.encode("utf-8"), 0)
+
+    def descriptor(self) -> int:
+        return self._descriptor
+
+    def release(self) -> None:
+        if self._descriptor < 0:
+            return
+        if self._transient:
+            try:
+                os.unlink(self.path)
+            except OSError:
+                pass
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+    def __enter__(self) -> "FileLock":
+        self.acquire(wait=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def close_descriptors(keep: Iterable) -> None:
+    """Close every descriptor but standard ones and those to keep: a child starts with what it needs."""
+    kept = {0, 1, 2, *keep}
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) not in kept:
+            try:
+                os.close(int(name))
+            except OSError:  # the one listdir had open
+                pass
+
+
+def raise_descriptor_limit() -> int:
+    """Lift the soft limit of open files to the hard one, and return it."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
+
+
+# --- helper programs ------------------------------------------------------------------------------------
+
+
+class Finished(NamedTuple):
+    """How a helper program ended; `status` is negative for a signal and None when its time ran out."""
+
+    status: Optional[int]
+    stdout: bytes
+    stderr: bytes
+
+
+def run_program(
+    argv: list, stdin: bytes = b"", env: Optional[dict] = None, timeout: float = 30, discard: bool = False
+) -> Finished:
+    """Run a program without a shell, in its own session, with a clean environment, under a time limit.
+
+    `discard` throws its output away unread. Raises OSError when it cannot be started.
+    """
+    import subprocess
+
+    output = subprocess.DEVNULL if discard else subprocess.PIPE
+    environment = {"PATH": SAFE_PATH, "LC_ALL": "C"} if env is None else env
+    process = subprocess.Popen(
+        argv,
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=output,
+        env=environment,
+        cwd="/",
+        start_new_session=True,
+    )
+    try:
+        stdout, stderr = process.communicate(stdin, timeout=timeout)
+        return Finished(process.returncode, stdout or b"", stderr or b"")
+    except subprocess.TimeoutExpired:
+        return Finished(None, b"", b"")
+    finally:
+        if process.returncode is None:
+            # the group, because a child of it may hold the pipes; no read after it, for the same reason
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            for pipe in (process.stdin, process.stdout, process.stderr):
+                if pipe is not None:
+                    _close_quietly(pipe)
+
+
+def start_program(argv: list, env: dict, output: int) -> Any:
+    """Start a program that runs beside us, in its own session; has .pid, .terminate() and .wait()."""
+    import subprocess
+
+    return subprocess.Popen(
+        argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=env, cwd="/", start_new_session=True
+    )
+
+
+def _close_quietly(pipe: Any) -> None:
+    try:
+        pipe.close()
+    except OSError:  # what was buffered for a program that is dead
+        pass
+
+
+# ======================================================================================================
+# 4. SETTINGS
+# Owns:  one row per configuration key, for all roles; reading, precedence, messages with file and line,
+#        and the example file. A key that is not in SETTINGS does not exist.
+# Uses:  HEAD, ERRORS, GROUND
+# On disk: ctrl-exec.conf, agent.conf (read only)
+# ======================================================================================================
+
+
+class Rate(NamedTuple):
+    """More than `count` events within `window` seconds block an address for `block` seconds."""
+
+    count: int
+    window: int
+    block: int
+
+
+def parse_count(text: str, least: int = 0, most: int = 10**9) -> int:
+    """A whole number in plain ASCII digits: int() alone would take `+5`, ` 5 `, `5_0` and other scripts."""
+    if not re.fullmatch(r"[0-9]{1,10}", text) or not least <= int(text) <= most:
+        raise ValueError("a whole number from %d to %d" % (least, most))
+    return int(text)
+
+
+def parse_positive(text: str) -> int:
+    return parse_count(text, least=1)
+
+
+def parse_port(text: str) -> int:
+    """A TCP port; 0 lets the kernel choose (the start event says which)."""
+    return parse_count(text, most=65535)
+
+
+def parse_yes_no(text: str) -> bool:
+    words = {"yes": True, "true": True, "on": True, "1": True, "no": False, "false": False, "off": False, "0": False}
+    if text.lower() not in words:
+        raise ValueError("yes or no")
+    return words[text.lower()]
+
+
+def parse_size(text: str) -> int:
+    """Bytes, with an optional unit of 1024: `512K`, `10M`, `10 MiB`, `2G`."""
+    hit = re.fullmatch(r"([0-9]{1,10})\s*(?:([KMG])(?:i?B)?)?", text)
+    if not hit:
+        raise ValueError("a size in bytes, or with K, M or G")
+    return int(hit[1]) * {None: 1, "K": 1024, "M": 1024**2, "G": 1024**3}[hit[2]]
+
+
+def parse_path(text: str) -> str:
+    if not text.startswith("/") or "\0" in text:
+        raise ValueError("an absolute path")
+    return os.path.normpath(text)
+
+
+def parse_optional_path(text: str) -> str:
+    return parse_path(text) if text else ""
+
+
+def parse_path_list(text: str) -> tuple:
+    return tuple(parse_path(part) for part in text.split(":") if part)
+
+
+def parse_text(text: str) -> str:
+    return text
+
+
+def parse_key_type(text: str) -> str:
+    if text not in ("ec", "rsa"):
+        raise ValueError("ec or rsa")
+    return text
+
+
+def parse_api_default(text: str) -> str:
+    if text not in ("deny", "allow"):
+        raise ValueError("deny or allow")
+    return text
+
+
+def parse_dispatcher_id(text: str) -> str:
+    if text and not HOST_NAME.fullmatch(text):
+        raise ValueError("a name of letters, digits, dots, underscores and hyphens")
+    return text
+
+
+def parse_rate(text: str) -> Rate:
+    parts = text.split("/")
+    if len(parts) != 3:
+        raise ValueError("COUNT/WINDOW/BLOCK, the last two in seconds, as in 10/60/300")
+    return Rate(*(parse_positive(part) for part in parts))
+
+
+def parse_networks(text: str) -> tuple:
+    """Addresses and prefixes, IPv4 and IPv6, separated by commas or spaces; none means everybody."""
+    import ipaddress
+
+    try:
+        return tuple(ipaddress.ip_network(part) for part in re.split(r"[,\s]+", text) if part)
+    except ValueError as error:
+        raise ValueError("addresses or prefixes such as 10.0.0.0/8 or fd00::/8 (%s)" % error) from None
+
+
+def parse_addresses(text: str) -> tuple:
+    """Addresses to listen on; none means all of them, IPv4 and IPv6."""
+    import ipaddress
+
+    try:
+        return tuple(str(ipaddress.ip_address(part)) for part in re.split(r"[,\s]+", text) if part)
+    except ValueError as error:
+        raise ValueError("IP addresses (%s)" % error) from None
+
+
+def parse_nice(text: str) -> int:
+    if not re.fullmatch(r"-?[0-9]{1,2}", text) or not -20 <= int(text) <= 19:
+        raise ValueError("a whole number from -20 to 19")
+    return int(text)
+
+
+class Setting(NamedTuple):
+    """One configuration key of one role."""
+
+    role: str  # dispatcher, agent, or profile (a [profile NAME] section of agent.conf)
+    key: str
+    parse: Callable  # text to value; raises ValueError with what is expected
+    default: str  # as it would be written in the file; an absolute path moves with --root
+    help: str
+    older: str = ""  # the name an earlier release used, still accepted
+
+
+SETTINGS = (
+    Setting("dispatcher", "port", parse_port, str(AGENT_PORT), "port of the agents"),
+    Setting("dispatcher", "cert", parse_path, ETC + "/dispatcher.crt", "the dispatcher's certificate"),
+    Setting("dispatcher", "key", parse_path, ETC + "/dispatcher.key", "its private key"),
+    Setting("dispatcher", "ca", parse_path, ETC + "/ca.crt", "the CA certificate; ca.key lies beside it"),
+    Setting(
+        "dispatcher",
+        "dispatcher_id",
+        parse_dispatcher_id,
+        "",
+        "who this dispatcher is to its agents, stable across rotations (empty: the host name)",
+    ),
+    Setting("dispatcher", "key_type", parse_key_type, "ec", "new keys: ec (P-256), or rsa (3072 bits) for older peers"),
+    Setting("dispatcher", "auth_hook", parse_optional_path, "", "executable that decides about every request"),
+    Setting("dispatcher", "auth_hook_timeout", parse_positive, "10", "seconds the hook has; after that, denied"),
+    Setting("dispatcher", "auth_deny_generic", parse_yes_no, "no", "answer every denial with the same words"),
+    Setting("dispatcher", "read_timeout", parse_positive, "60", "seconds to wait for a host's answer"),
+    Setting("dispatcher", "connect_timeout", parse_positive, "10", "seconds to reach a host, TLS included"),
+    Setting("dispatcher", "max_parallel", parse_positive, "32", "hosts spoken to at the same time"),
+    Setting("dispatcher", "run_retention_hours", parse_positive, "24", "hours a run record is kept"),
+    Setting("dispatcher", "registry_dir", parse_path, VAR + "/agents", "one JSON file per paired agent"),
+    Setting("dispatcher", "lock_dir", parse_path, VAR + "/locks", "locks of running host:script pairs"),
+    Setting("dispatcher", "runs_dir", parse_path, VAR + "/runs", "run records"),
+    Setting("dispatcher", "pairing_dir", parse_path, VAR + "/pairing", "pairing requests that wait"),
+    Setting(
+        "dispatcher",
+        "revoked_serials",
+        parse_path,
+        VAR + "/revoked-serials",
+        "serials of agent certificates that are refused, one a line",
+    ),
+    Setting("dispatcher", "cert_days", parse_positive, "365", "days a new certificate is valid"),
+    Setting("dispatcher", "cert_renewal_days", parse_positive, "90", "rotate the dispatcher's below this"),
+    Setting("dispatcher", "cert_overlap_days", parse_positive, "30", "days the old one stays trusted after that"),
+    Setting("dispatcher", "cert_check_interval", parse_positive, "14400", "seconds between checks of certificates"),
+    Setting("dispatcher", "pairing_port", parse_port, str(PAIRING_PORT), "port of `ced pairing-mode`"),
+    Setting("dispatcher", "pairing_max_queue", parse_positive, "10", "pairing requests that may wait at once"),
+    Setting("dispatcher", "pairing_timeout", parse_positive, "600", "seconds after which one expires"),
+    Setting("dispatcher", "pairing_rate_limit_volume", parse_rate, "10/60/300", "connections per address"),
+    Setting("dispatcher", "pairing_rate_limit_disable", parse_yes_no, "no", "no rate limit while pairing"),
+    Setting("dispatcher", "api_port", parse_port, str(API_PORT), "port of the HTTP API"),
+    Setting("dispatcher", "api_bind", parse_addresses, "127.0.0.1", "addresses of the HTTP API"),
+    Setting("dispatcher", "api_cert", parse_optional_path, "", "TLS certificate of the HTTP API"),
+    Setting("dispatcher", "api_key", parse_optional_path, "", "its private key"),
+    Setting("dispatcher", "api_auth_default", parse_api_default, "deny", "deny or allow, when there is no hook"),
+    Setting("dispatcher", "api_max_connections", parse_positive, "64", "connections at once", "api_max_children"),
+    Setting("agent", "port", parse_port, str(AGENT_PORT), "port to listen on"),
+    Setting("agent", "bind", parse_addresses, "", "addresses to listen on (empty: all, IPv4 and IPv6)"),
+    Setting("agent", "cert", parse_path, AGENT_ETC + "/agent.crt", "this host's certificate"),
+    Setting("agent", "key", parse_path, AGENT_ETC + "/agent.key", "its private key"),
+    Setting("agent", "ca", parse_path, AGENT_ETC + "/ca.crt", "the CA certificate"),
+    Setting("agent", "auth_hook", parse_optional_path, "", "executable that decides about every request"),
+    Setting("agent", "auth_hook_timeout", parse_positive, "10", "seconds the hook has; after that, denied"),
+    Setting(
+        "agent", "script_dirs", parse_path_list, "", "scripts must lie below one of these, PATH:PATH (empty: anywhere)"
+    ),
+    Setting(
+        "agent",
+        "strict_modes",
+        parse_yes_no,
+        "yes",
+        "refuse a script that others than root or the agent's user could change",
+    ),
+    Setting(
+        "agent",
+        "trusted_dispatchers_path",
+        parse_path,
+        AGENT_VAR + "/ctrl-exec-dispatchers",
+        "who may ask: `SERIAL ID` lines",
+    ),
+    Setting(
+        "agent",
+        "revoked_serials",
+        parse_path,
+        AGENT_ETC + "/revoked-serials",
+        "serials of dispatcher certificates that are refused",
+    ),
+    Setting("agent", "allowed_ips", parse_networks, "", "addresses and prefixes that may connect (empty: all)"),
+    Setting("agent", "rate_limit_volume", parse_rate, "10/60/300", "connections by strangers, per address"),
+    Setting("agent", "rate_limit_probe", parse_rate, "3/600/3600", "failed TLS handshakes, per address"),
+    Setting("agent", "rate_limit_disable", parse_yes_no, "no", "no rate limits"),
+    Setting("agent", "max_connections", parse_positive, "256", "connections at once", "max_children"),
+    Setting("agent", "stdin_timeout", parse_positive, "10", "seconds a script has to read its request"),
+    Setting("agent", "runs_dir", parse_path, AGENT_VAR + "/runs", "run records", "async_runs_dir"),
+    Setting("agent", "run_retention_hours", parse_positive, "24", "hours a run record is kept"),
+    Setting("agent", "max_output", parse_size, "10M", "bytes kept of each output stream; the rest is counted"),
+    Setting("agent", "script_timeout", parse_count, "0", "seconds a script may run (0: no limit)"),
+    Setting("profile", "run_as", parse_text, "", "USER or USER:GROUP the script runs as"),
+    Setting("profile", "caps", parse_text, "", "capabilities to keep (not built yet: such a script is refused)"),
+    Setting("profile", "writable", parse_path_list, "", "paths left writable (not built yet: likewise)"),
+    Setting("profile", "no_new_privileges", parse_yes_no, "no", "setuid programs and file capabilities do nothing"),
+    Setting("profile", "timeout", parse_count, "0", "seconds the script may run (0: as script_timeout)"),
+    Setting("profile", "nice", parse_nice, "0", "scheduling priority, -20 to 19"),
+    Setting("profile", "memory", parse_size, "0", "address space of each process in bytes (0: no limit)"),
+    Setting("profile", "cpu_seconds", parse_count, "0", "CPU time of each process (0: no limit)"),
+    Setting("profile", "open_files", parse_count, "0", "open files of each process (0: no limit)"),
+)
+
+_CONFIG_FILES = {"dispatcher": ETC + "/ctrl-exec.conf", "agent": AGENT_ETC + "/agent.conf"}
+
+
+def under_root(root: str, path: str) -> str:
+    """A default path, moved below `root` when there is one."""
+    return os.path.join(root, path.lstrip("/")) if root and path else path
+
+
+class Config:
+    """One role's settings, by attribute; made once and never changed."""
+
+    def __init__(self, role: str, path: str, root: str, values: dict, tags: dict, profiles: dict, warnings: tuple):
+        self.role = role
+        self.path = path
+        self.root = root
+        self.tags = tags  # [tags] of agent.conf: name to value
+        self.profiles = profiles  # [profile NAME] sections: name to {key: value}
+        self.warnings = warnings  # what was ignored, with file and line
+        self._values = values
+
+    def __getattr__(self, key: str) -> Any:
+        try:
+            return self.__dict__["_values"][key]
+        except KeyError:
+            raise AttributeError("no setting %r for the %s" % (key, self.role)) from None
+
+    def default_path(self, path: str) -> str:
+        """A path that has no key of its own, under this configuration's root."""
+        return under_root(self.root, path)
+
+
+class ConfigLine(NamedTuple):
+    """One `key = value` line, or a section heading (then `key` is empty)."""
+
+    number: int
+    section: str
+    key: str
+    value: str
+
+
+def parse_lines(text: str, path: str) -> Iterator[ConfigLine]:
+    """The lines of a configuration file. Raises ConfigError for what is neither a comment nor an entry."""
+    section = ""
+    for number, raw in enumerate(text.split("\n"), 1):
+        line = raw.strip()
+        if not line or line.startswith("#"):
+            continue
+        heading = re.fullmatch(r"\[\s*([^\[\]]+?)\s*\]", line)
+        if heading:
+            section = " ".join(heading[1].split())
+            yield ConfigLine(number, section, "", "")
+            continue
+        key, equals, value = line.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError("%s:%d: expected `key = value`, a # comment or a [section]" % (path, number))
+        if "\0" in value:
+            raise ConfigError("%s:%d: a NUL character" % (path, number))
+        yield ConfigLine(number, section, key.strip(), value.strip())
+
+
+def suggest(word: str, known: Iterable) -> str:
+    """`; did you mean X?` with the nearest known words, or nothing."""
+    import difflib
+
+    near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
+    return "; did you mean %s?" % " or ".join(near) if near else ""
+
+
+class _ConfigReader:
+    """Takes the lines of one file, one at a time, and keeps what they say."""
+
+    def __init__(self, role: str, path: str) -> None:
+        self._role = role
+        self._path = path
+        self._seen: dict = {}
+        self.values: dict = {}
+        self.tags: dict = {}
+        self.profiles: dict = {}
+        self.warnings: list = []
+
+    def take(self, line: ConfigLine) -> None:
+        where = "%s:%d" % (self._path, line.number)
+        earlier = self._seen.setdefault((line.section, line.key), line.number)
+        if earlier != line.number:
+            name = line.key or "[%s]" % line.section
+            raise ConfigError("%s: `%s` was set before, at line %d" % (where, name, earlier))
+        kind, _, name = line.section.partition(" ")
+        if not line.section:
+            self._take_setting(self._role, line, where, self.values)
+        elif self._role == "agent" and line.section == "tags":
+            if line.key and not TAG_NAME.fullmatch(line.key):
+                raise ConfigError("%s: `%s` is not a tag name" % (where, one_line(line.key)))
+            if line.key:
+                self.tags[line.key] = line.value
+        elif self._role == "agent" and kind == "profile":
+            if not PROFILE_NAME.fullmatch(name):
+                raise ConfigError("%s: expected [profile NAME], a name of letters, digits, _ and -" % where)
+            profile = self.profiles.setdefault(name, {})
+            if line.key:
+                self._take_setting("profile", line, where, profile)
+        else:
+            raise ConfigError("%s: unknown section [%s]" % (where, one_line(line.section)))
+
+    def _take_setting(self, role: str, line: ConfigLine, where: str, into: dict) -> None:
+        rows = {row.key: row for row in SETTINGS if row.role == role}
+        rows.update({row.older: row for row in rows.values() if row.older})
+        row = rows.get(line.key)
+        if row is None:
+            message = "%s: unknown key `%s`%s" % (where, one_line(line.key), suggest(line.key, rows))
+            if role == "profile":  # a limit that is silently not applied is worse than a stop
+                raise ConfigError(message)
+            self.warnings.append(message)
+            return
+        if row.key in into:
+            raise ConfigError("%s: `%s` was set before (as `%s` or under its other name)" % (where, line.key, row.key))
+        try:
+            into[row.key] = row.parse(line.value)
+        except ValueError as error:
+            raise ConfigError("%s: `%s` expects %s, not `%s`" % (where, line.key, error, one_line(line.value))) from None
+
+
+def load_config(role: str, path: str = "", root: str = "") -> Config:
+    """Read a role's configuration: the file, then the defaults (moved below `root`).
+
+    Without `path` the default file is read if it is there. Raises ConfigError.
+    """
+    chosen = path or under_root(root, _CONFIG_FILES[role])
+    reader = _ConfigReader(role, chosen)
+    try:
+        text = read_text(chosen)
+    except FileNotFoundError:
+        if path:
+            raise ConfigError("%s: no such file" % path) from None
+        text = ""
+    except StorageError as error:
+        raise ConfigError(error.message, error.hint) from error
+    for line in parse_lines(text, chosen):
+        reader.take(line)
+    values = {}
+    for row in SETTINGS:
+        if row.role == role:
+            default = under_root(root, row.default) if row.default.startswith("/") else row.default
+            values[row.key] = reader.values.get(row.key, row.parse(default))
+    if role == "dispatcher" and not values["dispatcher_id"]:
+        values["dispatcher_id"] = socket.gethostname()
+    profiles = {name: complete_profile(values) for name, values in reader.profiles.items()}
+    return Config(role, chosen, root, values, reader.tags, profiles, tuple(reader.warnings))
+
+
+def complete_profile(given: dict) -> dict:
+    """A profile's values with the defaults of those it does not set."""
+    return {row.key: given.get(row.key, row.parse(row.default)) for row in SETTINGS if row.role == "profile"}
+
+
+_EXAMPLE_HEADS = {
+    "dispatcher": """\
+# ==== {file}: the dispatcher (ced) and the API ====
+# `key = value` lines; whole-line # comments. Every key is here with its default: uncomment to change.
+""",
+    "agent": """\
+# ==== {file}: the agent (cea) ====
+# Read at start and on SIGHUP. Which scripts may run is another file, scripts.conf, one line a script:
+#   NAME = /absolute/path [profile=P] [timeout=SECONDS] [max_running=N]
+""",
+    "profile": """\
+# [tags]: shown by `ced discovery` and used by `ced run --tags site=north ...`
+#[tags]
+#site = north
+
+# [profile NAME]: what a script runs as, chosen by `profile=NAME` in scripts.conf. A profile called
+# `default` holds for the scripts that name none.
+#[profile example]
+""",
+}
+
+
+def render_example(role: str) -> str:
+    """The example file of one role: every key, commented out, with its default and what it means."""
+    parts = [_EXAMPLE_HEADS[role].format(file=_CONFIG_FILES[role])]
+    parts += _render_rows(role)
+    if role == "agent":
+        parts.append(_EXAMPLE_HEADS["profile"])
+        parts += _render_rows("profile")
+    return "\n".join(parts)
+
+
+def _render_rows(role: str) -> Iterator[str]:
+    for row in SETTINGS:
+        if row.role == role:
+            older = " (older name: %s)" % row.older if row.older else ""
+            yield "# %s%s\n#%s\n" % (row.help, older, ("%s = %s" % (row.key, row.default)).rstrip())
+
+
+# ======================================================================================================
+# 5. OPENSSL
+# Owns:  the only place that knows the openssl program's options and output. Works with 1.1.1 and 3.x.
+# Uses:  HEAD, ERRORS, GROUND
+# On disk: a private temporary directory while a certificate is signed
+# ======================================================================================================
+
+
+class CertInfo(NamedTuple):
+    """What a certificate says. `serial` is canonical (lower-case hex); times are seconds since the epoch."""
+
+    serial: str
+    common_name: str
+    names: tuple  # DNS names of subjectAltName
+    not_before: float
+    not_after: float
+
+
+# One profile per kind of certificate. Purposes are kept apart by extendedKeyUsage; the key identifiers
+# and criticality are what RFC 5280 wants and VERIFY_X509_STRICT (Python 3.13's default) checks.
+_EXTENSIONS = {
+    "ca": """\
+basicConstraints = critical, CA:TRUE, pathlen:0
+keyUsage = critical, keyCertSign, cRLSign
+subjectKeyIdentifier = hash
+authorityKeyIdentifier = keyid:always
+""",
+    "dispatcher": """\
+basicConstraints = critical, CA:FALSE
+keyUsage = critical, digitalSignature
+extendedKeyUsage = clientAuth, serverAuth
+subjectKeyIdentifier = hash
+authorityKeyIdentifier = keyid:always
+subjectAltName = DNS:{name}
+""",
+    "agent": """\
+basicConstraints = critical, CA:FALSE
+keyUsage = critical, digitalSignature
+extendedKeyUsage = serverAuth
+subjectKeyIdentifier = hash
+authorityKeyIdentifier = keyid:always
+subjectAltName = DNS:{name}
+""",
+}
+
+# `openssl ca` and not `openssl x509 -req`: only the former can set notBefore before OpenSSL 3.4. Its
+# database lives as long as one signature; serials are ours and random. copy_extensions = none is the
+# rule that the CA signs what it decided, not what was asked.
+_CA_CONFIG = """\
+[ca]
+default_ca = this
+[this]
+database = {work}/index.txt
+new_certs_dir = {work}
+serial = {work}/serial
+default_md = sha256
+policy = policy
+copy_extensions = none
+unique_subject = no
+email_in_dn = no
+string_mask = utf8only
+[policy]
+commonName = supplied
+[req]
+distinguished_name = dn
+prompt = no
+string_mask = utf8only
+[dn]
+CN = {common_name}
+[extensions]
+{extensions}
+"""
+
+_CURVES = {"1.2.840.10045.3.1.7": "P-256", "1.3.132.0.34": "P-384", "1.3.132.0.35": "P-521"}
+_EC_KEY = "1.2.840.10045.2.1"
+_RSA_KEY = "1.2.840.113549.1.1.1"
+_SIGNATURES = {  # what a request may be signed with (RFC 5758, RFC 8017); MD5 and SHA-1 are not here
+    "1.2.840.10045.4.3.2": "ecdsa-sha256",
+    "1.2.840.10045.4.3.3": "ecdsa-sha384",
+    "1.2.840.10045.4.3.4": "ecdsa-sha512",
+    "1.2.840.113549.1.1.11": "rsa-sha256",
+    "1.2.840.113549.1.1.12": "rsa-sha384",
+    "1.2.840.113549.1.1.13": "rsa-sha512",
+}
+
+
+def shorten_common_name(name: str) -> str:
+    """The CN for a name: itself, or, over the 64 characters X.520 allows, its start and a hash."""
+    if len(name) <= 64:
+        return name
+    import hashlib
+
+    return name[:47] + "-" + hashlib.sha256(name.encode("ascii")).hexdigest()[:16]
+
+
+def decode_pem(text: str, label: str) -> bytes:
+    """The DER inside one PEM block (RFC 7468). Raises ValueError when there is not exactly one."""
+    import base64
+
+    pattern = r"\s*-----BEGIN %s-----\s+([A-Za-z0-9+/=\s]+?)-----END %s-----\s*" % (label, label)
+    hit = re.fullmatch(pattern, text)
+    if not hit:
+        raise ValueError("not one PEM block of type %s" % label)
+    return base64.b64decode("".join(hit[1].split()), validate=True)
+
+
+def _read_der(data: bytes) -> list:
+    """The elements of a DER sequence's content as (tag, content) pairs. Raises ValueError when cut short."""
+    elements = []
+    at = 0
+    while at < len(data):
+        if at + 2 > len(data):
+            raise ValueError("DER cut short")
+        tag, length = data[at], data[at + 1]
+        at += 2
+        if length & 0x80:
+            size = length & 0x7F
+            if not 1 <= size <= 4 or at + size > len(data):
+                raise ValueError("DER length")
+            length = int.from_bytes(data[at : at + size], "big")
+            at += size
+        if at + length > len(data):
+            raise ValueError("DER cut short")
+        elements.append((tag, data[at : at + length]))
+        at += length
+    return elements
+
+
+def _read_oid(content: bytes) -> str:
+    """An object identifier in dotted form (X.690 section 8.19)."""
+    numbers: list = []
+    value = 0
+    for byte in content:
+        value = value << 7 | byte & 0x7F
+        if not byte & 0x80:
+            numbers.append(value)
+            value = 0
+    first = min(numbers[0] // 40, 2) if numbers else 0
+    return ".".join(str(n) for n in [first, numbers[0] - 40 * first] + numbers[1:]) if numbers else ""
+
+
+def _check_request_key(key_info: bytes) -> None:
+    """Raise ValueError unless a SubjectPublicKeyInfo is an EC key on a usual curve or RSA, long enough."""
+    algorithm, key = _read_der(key_info)
+    parts = _read_der(algorithm[1])
+    kind = _read_oid(parts[0][1])
+    if kind == _EC_KEY:
+        curve = _read_oid(parts[1][1]) if len(parts) > 1 and parts[1][0] == 0x06 else "explicit parameters"
+        if curve not in _CURVES:
+            raise ValueError("its curve is not P-256, P-384 or P-521")
+    elif kind == _RSA_KEY:
+        modulus = _read_der(_read_der(key[1][1:])[0][1])[0][1]
+        bits = int.from_bytes(modulus, "big").bit_length()
+        if not MIN_RSA_BITS <= bits <= 8192:
+            raise ValueError("its RSA key has %d bits; from %d to 8192 are accepted" % (bits, MIN_RSA_BITS))
+    else:
+        raise ValueError("its key is neither EC nor RSA")
+
+
+def check_request_form(pem: str) -> bytes:
+    """Check a certificate request's size, key and signature algorithm; return its DER.
+
+    The structure is PKCS #10 (RFC 2986 section 4). Raises TrustError saying what is wrong with it.
+    """
+    if len(pem) > MAX_CSR:
+        raise TrustError("the certificate request is larger than %d bytes" % MAX_CSR)
+    try:
+        der = decode_pem(pem, "CERTIFICATE REQUEST")
+        ((_, request),) = _read_der(der)
+        info, algorithm, _signature = _read_der(request)
+        _check_request_key(_read_der(info[1])[2][1])
+        if _read_oid(_read_der(algorithm[1])[0][1]) not in _SIGNATURES:
+            raise ValueError("it is not signed with SHA-256 or better")
+    except (ValueError, IndexError, TypeError) as error:
+        reason = str(error) if isinstance(error, ValueError) else "it is not PKCS #10"
+        raise TrustError("the certificate request is refused: %s" % reason) from error
+    return der
+
+
+def read_certificate_file(path: str) -> bytes:
+    """The PEM text of a certificate on disk. Raises TrustError when there is none."""
+    try:
+        return read_file(path)
+    except FileNotFoundError:
+        raise TrustError("%s: no such file" % path) from None
+
+
+class OpenSSL:
+    """The openssl program. One object, made once; each method is one task done by it."""
+
+    def __init__(self, binary: str = "openssl") -> None:
+        self._binary = binary
+
+    def _run(self, *options: str, stdin: bytes = b"") -> bytes:
+        argv = [self._binary, *options]
+        try:
+            done = run_program(argv, stdin=stdin, timeout=OPENSSL_SECONDS)
+        except OSError as error:
+            hint = "install the openssl package" if error.errno == errno.ENOENT else ""
+            raise ProgramError("cannot run openssl: %s" % error.strerror, hint) from error
+        if done.status is None:
+            raise ProgramError("openssl %s did not end within %d s" % (options[0], OPENSSL_SECONDS))
+        if done.status != 0:
+            said = one_line(done.stderr.decode("utf-8", "replace").strip()[-400:])
+            raise ProgramError("openssl %s failed: %s" % (options[0], said))
+        return done.stdout
+
+    def version(self) -> str:
+        return self._run("version").decode("ascii", "replace").strip()
+
+    def new_key(self, kind: str) -> bytes:
+        """A new private key as PEM: `ec` is P-256, `rsa` 3072 bits."""
+        if kind == "ec":
+            choice = ["-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-pkeyopt", "ec_param_enc:named_curve"]
+        else:
+            choice = ["-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:3072"]
+        return self._run("genpkey", *choice)
+
+    def new_request(self, key_path: str, name: str) -> str:
+        """A certificate request for `name`, signed by the key at `key_path`, as PEM."""
+        with _WorkDirectory() as work:
+            config = work.write("openssl.cnf", _CA_CONFIG, name, "")
+            return self._run("req", "-new", "-sha256", "-key", key_path, "-config", config).decode("ascii")
+
+    def check_request(self, pem: str) -> bytes:
+        """Check a request's form and that it is signed by its own key; return its DER. Raises TrustError."""
+        der = check_request_form(pem)
+        # The exit status says nothing before OpenSSL 3.2; what it prints to stderr does.
+        argv = [self._binary, "req", "-verify", "-noout"]
+        done = run_program(argv, stdin=pem.encode("ascii"), timeout=OPENSSL_SECONDS)
+        if done.status != 0 or b"verify OK" not in done.stderr:
+            raise TrustError("the certificate request is refused: it is not signed by its own key")
+        return der
+
+    def sign_ca(self, key_path: str, name: str, days: int) -> str:
+        """A self-signed CA certificate for the key at `key_path`, as PEM."""
+        with _WorkDirectory() as work:
+            config = work.write("openssl.cnf", _CA_CONFIG, name, _EXTENSIONS["ca"])
+            request = self._run("req", "-new", "-sha256", "-key", key_path, "-config", config)
+            return self._sign(work, config, request, ["-selfsign", "-keyfile", key_path], days)
+
+    def sign(self, request: str, name: str, profile: str, days: int, ca_cert: str, ca_key: str) -> str:
+        """A certificate for the key in `request`, as PEM: its name and extensions come from here alone."""
+        days_left = int((self.read_certificate(ca_cert).not_after - now()) // 86400)
+        if days_left < 1:
+            raise TrustError("%s: the CA certificate has expired" % ca_cert)
+        with _WorkDirectory() as work:
+            config = work.write("openssl.cnf", _CA_CONFIG, name, _EXTENSIONS[profile].format(name=name))
+            signer = ["-cert", ca_cert, "-keyfile", ca_key]
+            return self._sign(work, config, request.encode("ascii"), signer, min(days, days_left))
+
+    def _sign(self, work: "_WorkDirectory", config: str, request: bytes, signer: list, days: int) -> str:
+        # the first bit is clear, so that the DER integer is positive; the second set, so that it is long
+        serial = os.urandom(SERIAL_BYTES)
+        work.put("serial", "%02X%s\n" % (serial[0] & 0x7F | 0x40, serial[1:].hex().upper()))
+        work.put("index.txt", "")
+        path = work.put("request.pem", request.decode("ascii"))
+        dates = [time.strftime("%Y%m%d%H%M%SZ", time.gmtime(now() + s)) for s in (-BACKDATE_SECONDS, days * 86400)]
+        subject = "/CN=" + work.common_name
+        text = self._run(
+            "ca", "-batch", "-notext", "-config", config, "-in", path, "-subj", subject, *signer,
+            "-startdate", dates[0], "-enddate", dates[1], "-extensions", "extensions",
+        )  # fmt: skip
+        return text.decode("ascii")
+
+    def read_certificate(self, path: str) -> CertInfo:
+        """What the certificate in a PEM file says. Raises TrustError when there is none."""
+        pem = read_certificate_file(path)
+        try:
+            return self.parse_certificate(pem)
+        except ProgramError as error:
+            raise TrustError("%s: not a certificate" % path) from error
+
+    def parse_certificate(self, pem: bytes) -> CertInfo:
+        """What a PEM certificate says. Raises ProgramError when it is none."""
+        out = self._run("x509", "-noout", "-serial", "-startdate", "-enddate", stdin=pem).decode("ascii", "replace")
+        facts = dict(line.partition("=")[::2] for line in out.splitlines())
+        subject = self._run("x509", "-noout", "-subject", "-nameopt", "multiline,utf8", stdin=pem)
+        common = re.search(r"^\s*commonName\s*= (.*)$", subject.decode("utf-8", "replace"), re.MULTILINE)
+        alternative = self._run("x509", "-noout", "-ext", "subjectAltName", stdin=pem).decode("utf-8", "replace")
+        return CertInfo(
+            facts["serial"].lower().lstrip("0") or "0",
+            common[1] if common else "",
+            tuple(re.findall(r"DNS:([^,\s]+)", alternative)),
+            parse_openssl_time(facts["notBefore"]),
+            parse_openssl_time(facts["notAfter"]),
+        )
+
+    def check_chain(self, pem: bytes, ca: bytes, purpose: str) -> None:
+        """Raise TrustError unless the certificate chains to the CA for `purpose` (sslserver, sslclient)."""
+        with _WorkDirectory() as work:
+            path = work.put("certificate.pem", pem.decode("ascii"))
+            ca_path = work.put("ca.pem", ca.decode("ascii"))
+            try:
+                self._run("verify", "-x509_strict", "-purpose", purpose, "-CAfile", ca_path, path)
+            except ProgramError as error:
+                reason = re.search(r"error \d+ at \d+ depth lookup: *(.*?)(?:\\n|$)", error.message)
+                raise TrustError("the certificate is refused: %s" % (reason[1] if reason else "no chain")) from error
+
+    def check_key_match(self, pem: bytes, key_path: str) -> None:
+        """Raise TrustError unless the certificate was issued for the key at `key_path`."""
+        if self._run("x509", "-noout", "-pubkey", stdin=pem) != self._run("pkey", "-in", key_path, "-pubout"):
+            raise TrustError("the certificate does not belong to the key %s" % key_path)
+
+
+def parse_openssl_time(text: str) -> float:
+    """`Nov 23 18:09:47 2026 GMT`, as openssl and getpeercert() write it, in seconds since the epoch."""
+    return float(ssl.cert_time_to_seconds(text))
+
+
+class _WorkDirectory:
+    """A directory that only we can read, for as long as openssl needs files."""
+
+    def __init__(self) -> None:
+        self._path = ""
+        self.common_name = ""
+
+    def __enter__(self) -> "_WorkDirectory":
+        import tempfile
+
+        self._path = tempfile.mkdtemp(prefix="ctrl-exec-")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in os.listdir(self._path):
+            os.unlink(os.path.join(self._path, name))
+        os.rmdir(self._path)
+
+    def put(self, name: str, text: str) -> str:
+        path = os.path.join(self._path, name)
+        write_atomic(path, text.encode("ascii"), mode=0o600)
+        return path
+
+    def write(self, name: str, template: str, subject: str, extensions: str) -> str:
+        self.common_name = shorten_common_name(subject)
+        values = {"work": self._path, "common_name": self.common_name, "extensions": extensions}
+        return self.put(name, template.format(**values))
+
+
+# ======================================================================================================
+# 6. TRUST
+# Owns:  who is believed: the CA, an identity on disk, the trusted-dispatchers map, revocations, the one
+#        TLS policy, the peer's certificate as facts, and the arithmetic of pairing.
+# Uses:  HEAD, ERRORS, GROUND, OPENSSL
+# On disk: ca.key, ca.crt; dispatcher.key/.crt, agent.key/.crt; ctrl-exec-dispatchers; revoked-serials
+# ======================================================================================================
+
+
+def parse_serial(text: str) -> str:
+    """The canonical form of a certificate serial: lower-case hex without leading zeros.
+
+    Takes plain hex, `DE:AD`, `0x..`, `serial=..`, and decimal where it cannot be hex: more digits than
+    the 20 octets of RFC 5280 have as hex. Raises ValueError.
+    """
+    plain = text.strip().lower()
+    for prefix in ("serial=", "0x"):
+        if plain.startswith(prefix):
+            plain = plain[len(prefix) :]
+    plain = plain.replace(":", "")
+    if re.fullmatch(r"[0-9]{41,60}", plain):
+        return "%x" % int(plain)
+    if not re.fullmatch(r"[0-9a-f]{1,60}", plain):
+        raise ValueError("`%s` is not a certificate serial" % one_line(text[:80]))
+    return plain.lstrip("0") or "0"
+
+
+def _serial_readings(text: str) -> set:
+    """Every serial that `text` can mean: digits alone are hex or decimal, and a revocation covers both."""
+    readings = {parse_serial(text)}
+    if re.fullmatch(r"[0-9]{1,60}", text.strip()):
+        readings.add("%x" % int(text))
+    return readings
+
+
+def load_revoked(path: str) -> frozenset:
+    """The revoked serials. No file: none. Raises TrustError for a list that cannot be read or understood:
+    then everybody is refused, rather than nobody."""
+    try:
+        lines = read_text(path).splitlines()
+    except FileNotFoundError:
+        return frozenset()
+    except StorageError as error:
+        raise TrustError("the revocation list cannot be used: %s" % error.message, error.hint) from error
+    serials: set = set()
+    for number, line in enumerate(lines, 1):
+        word = line.partition("#")[0].strip()
+        if word:
+            try:
+                serials |= _serial_readings(word)
+            except ValueError as error:
+                raise TrustError("%s:%d: %s" % (path, number, error)) from None
+    return frozenset(serials)
+
+
+def add_revoked(path: str, serials: Iterable, comment: str) -> None:
+    """Add serials to a revocation list. Raises StorageError or TrustError, with the list unchanged."""
+    make_directory(os.path.dirname(path), 0o755)
+    with FileLock(path + ".lock"):
+        known = load_revoked(path)
+        try:
+            text = read_text(path)
+        except FileNotFoundError:
+            text = "# serials of revoked certificates, one a line\n"
+        for serial in serials:
+            if serial not in known:
+                text += "%s  # %s\n" % (serial, one_line(comment))
+        write_atomic(path, text.encode("utf-8"), mode=0o644, durable=True)
+
+
+def load_trust_map(path: str) -> dict:
+    """Trusted dispatchers: canonical serial to dispatcher id. Raises TrustError naming the line."""
+    try:
+        lines = read_text(path).splitlines()
+    except FileNotFoundError:
+        return {}
+    except StorageError as error:
+        raise TrustError("the trusted-dispatchers map cannot be used: %s" % error.message, error.hint) from error
+    trusted = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        words = line.split()
+        try:
+            serial = parse_serial(words[0])
+            if len(words) != 2 or not HOST_NAME.fullmatch(words[1]):
+                raise ValueError("expected `SERIAL DISPATCHER_ID`")
+        except ValueError as error:
+            raise TrustError("%s:%d: %s" % (path, number, error)) from None
+        trusted[serial] = words[1]
+    return trusted
+
+
+def add_trusted(path: str, serial: str, dispatcher_id: str) -> None:
+    """Add a dispatcher to the map; the others stay. Raises StorageError or TrustError."""
+    make_directory(os.path.dirname(path), 0o755)
+    with FileLock(path + ".lock"):
+        trusted = load_trust_map(path)
+        trusted[serial] = dispatcher_id
+        text = "".join("%s %s\n" % entry for entry in trusted.items())
+        write_atomic(path, text.encode("ascii"), mode=0o644, durable=True)
+
+
+# --- keys and certificates on disk ----------------------------------------------------------------------
+
+
+class Identity(NamedTuple):
+    """Where a role keeps its certificate and key, and the CA it believes."""
+
+    cert: str
+    key: str
+    ca: str
+
+
+def check_key_mode(path: str, group: str = "") -> None:
+    """Raise TrustError when others can read a private key; `group` may (an older installation's 0640)."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        raise TrustError("%s: no such file" % path) from None
+    except OSError as error:
+        raise TrustError("%s: %s" % (path, error.strerror), "run this as root") from error
+    loose = stat.S_IMODE(status.st_mode) & 0o077
+    if loose == 0o040 and status.st_gid == _find_group(group):
+        loose = 0
+    if loose:
+        mode = stat.S_IMODE(status.st_mode)
+        raise TrustError("%s: mode %04o lets others at a private key" % (path, mode), "chmod 600 " + path)
+
+
+def _find_group(name: str) -> int:
+    import grp
+
+    try:
+        return grp.getgrnam(name).gr_gid if name else -1
+    except KeyError:
+        return -1
+
+
+def new_key_file(openssl: OpenSSL, path: str, kind: str, directory_mode: int = 0o755) -> None:
+    """Make a private key that only we can read, unless there is one. Raises StorageError, ProgramError."""
+    if os.path.exists(path):
+        return
+    make_directory(os.path.dirname(path), directory_mode)
+    try:
+        write_atomic(path, openssl.new_key(kind), mode=0o600, durable=True, replace=False)
+    except FileExistsError:  # another process was first, and its key is as good
+        pass
+
+
+def ca_key_path(ca_cert: str) -> str:
+    """The CA's key lies beside its certificate: ca.crt, ca.key."""
+    return os.path.splitext(ca_cert)[0] + ".key"
+
+
+def new_ca(openssl: OpenSSL, ca_cert: str, kind: str, name: str) -> CertInfo:
+    """Make the private CA, once. Raises TrustError when there is one, or half of one."""
+    key = ca_key_path(ca_cert)
+    for path in (ca_cert, key):
+        if os.path.exists(path):
+            raise TrustError("%s exists: a CA is never overwritten" % path, "every paired agent depends on it")
+    new_key_file(openssl, key, kind)
+    try:
+        certificate = openssl.sign_ca(key, name, CA_DAYS)
+        write_atomic(ca_cert, certificate.encode("ascii"), mode=0o644, durable=True, replace=False)
+    except BaseException:
+        os.unlink(key)  # nothing was signed with it yet: half a CA would only block the next attempt
+        raise
+    return openssl.read_certificate(ca_cert)
+
+
+def new_dispatcher_identity(openssl: OpenSSL, identity: Identity, name: str, kind: str, days: int) -> CertInfo:
+    """Make the dispatcher's key and certificate. Raises TrustError when it has a certificate already."""
+    if os.path.exists(identity.cert):
+        raise TrustError("%s exists" % identity.cert, "agents trust this certificate; remove it only to start over")
+    new_key_file(openssl, identity.key, kind)
+    request = openssl.new_request(identity.key, name)
+    pem = openssl.sign(request, name, "dispatcher", days, identity.ca, ca_key_path(identity.ca))
+    write_atomic(identity.cert, pem.encode("ascii"), mode=0o644, durable=True)
+    return openssl.read_certificate(identity.cert)
+
+
+def check_identity(openssl: OpenSSL, identity: Identity, purpose: str, group: str = "") -> CertInfo:
+    """Check an identity on disk whole: modes, chain, purpose, dates, key. Raises TrustError."""
+    check_key_mode(identity.key, group)
+    info = openssl.read_certificate(identity.cert)
+    pem = read_certificate_file(identity.cert)
+    try:
+        openssl.check_chain(pem, read_certificate_file(identity.ca), purpose)
+        openssl.check_key_match(pem, identity.key)
+    except TrustError as error:
+        raise TrustError("%s: %s" % (identity.cert, error.message), error.hint) from error
+    return info
+
+
+def check_expiry(path: str, info: CertInfo) -> Finding:
+    """Whether a certificate's dates leave time."""
+    days = int((info.not_after - now()) // 86400)
+    if info.not_before > now():
+        return Finding("FAIL", "%s is not valid before %s" % (path, iso_time(info.not_before)), "check this host's clock")
+    if days < 0:
+        return Finding("FAIL", "%s expired on %s" % (path, iso_time(info.not_after)))
+    return Finding("WARN" if days < 30 else "OK", "%s expires in %d days" % (path, days))
+
+
+def read_certificate_der(path: str) -> bytes:
+    """The DER of the certificate in a file. Raises TrustError."""
+    try:
+        return decode_pem(read_certificate_file(path).decode("ascii", "replace"), "CERTIFICATE")
+    except ValueError as error:
+        raise TrustError("%s: %s" % (path, error)) from error
+
+
+def fingerprint(der: bytes) -> str:
+    """SHA-256 of a certificate, lower-case hex: what `openssl x509 -fingerprint -sha256` prints, plainly."""
+    import hashlib
+
+    return hashlib.sha256(der).hexdigest()
+
+
+# --- TLS ------------------------------------------------------------------------------------------------
+
+
+def _apply_policy(context: ssl.SSLContext) -> ssl.SSLContext:
+    """The TLS policy of every socket of this program."""
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # TLS 1.3 has none but AEAD
+    context.verify_flags |= ssl.VERIFY_X509_STRICT  # on all Pythons, not from 3.13 on only
+    context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_TICKET
+    context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
+    return context
+
+
+def _load_identity(context: ssl.SSLContext, identity: Identity, group: str) -> None:
+    check_key_mode(identity.key, group)
+    try:
+        context.load_cert_chain(identity.cert, identity.key)
+    except FileNotFoundError:
+        raise TrustError("%s: no such file" % identity.cert) from None
+    except (OSError, ssl.SSLError) as error:
+        what = getattr(error, "reason", None) or error.strerror or "cannot be loaded"
+        raise TrustError("%s with %s: %s" % (identity.cert, identity.key, words(what))) from error
+
+
+def _load_ca(context: ssl.SSLContext, path: str) -> None:
+    try:
+        context.load_verify_locations(cafile=path)
+    except FileNotFoundError:
+        raise TrustError("%s: no such file" % path) from None
+    except (OSError, ssl.SSLError) as error:
+        raise TrustError("%s: not a CA certificate" % path) from error
+
+
+def words(reason: str) -> str:
+    """OpenSSL's `KEY_VALUES_MISMATCH` as `key values mismatch`."""
+    return reason.replace("_", " ").lower()
+
+
+def new_server_context(identity: Identity, verify_clients: bool, group: str = "") -> ssl.SSLContext:
+    """The context of a listening port. Raises TrustError for files that cannot be used."""
+    context = _apply_policy(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
+    context.num_tickets = 0  # without this, a small exchange waits 40 ms for a delayed acknowledgement
+    _load_identity(context, identity, group)
+    if verify_clients:
+        _load_ca(context, identity.ca)
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def new_client_context(identity: Identity) -> ssl.SSLContext:
+    """The context of a dispatcher calling agents: shows its certificate, demands one of the CA.
+
+    The name is compared by `is_named`, exactly: check_hostname would take wildcards and IP addresses.
+    """
+    context = _apply_policy(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+    context.check_hostname = False
+    _load_ca(context, identity.ca)
+    _load_identity(context, identity, "")
+    return context
+
+
+def new_pairing_context() -> ssl.SSLContext:
+    """The context of an agent that believes nobody yet: encrypted, not authenticated."""
+    context = _apply_policy(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def new_probe_context(ca_path: str) -> ssl.SSLContext:
+    """The context of a caller without a certificate that checks the server's against the CA."""
+    context = _apply_policy(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+    context.check_hostname = False
+    _load_ca(context, ca_path)
+    return context
+
+
+class PeerCert(NamedTuple):
+    """The facts of the certificate the peer has proved to hold."""
+
+    serial: str
+    common_name: str
+    names: tuple
+    not_after: float
+
+
+def read_peer_cert(tls: ssl.SSLSocket) -> Optional[PeerCert]:
+    """The verified peer certificate of a connection after its handshake, from the socket itself."""
+    facts = tls.getpeercert()
+    if not facts:
+        return None
+    subject = {key: value for part in facts.get("subject", ()) for key, value in part}
+    names = tuple(value for kind, value in facts.get("subjectAltName", ()) if kind == "DNS")
+    return PeerCert(
+        parse_serial(facts["serialNumber"]),
+        subject.get("commonName", ""),
+        names,
+        parse_openssl_time(facts["notAfter"]),
+    )
+
+
+def is_named(peer: PeerCert, name: str) -> bool:
+    """Whether the certificate was issued for `name`: its DNS name, or its CN where it has none."""
+    return name.lower() in [known.lower() for known in (peer.names or (peer.common_name,))]
+
+
+_ALERTS = {  # what the peer said when it refused, by OpenSSL's reason
+    "TLSV1_ALERT_UNKNOWN_CA": "it does not know the CA of our certificate",
+    "SSLV3_ALERT_CERTIFICATE_EXPIRED": "it says that our certificate is expired (or its clock is ahead)",
+    "SSLV3_ALERT_CERTIFICATE_REVOKED": "it says that our certificate is revoked",
+    "SSLV3_ALERT_BAD_CERTIFICATE": "it says that our certificate is not valid (or its clock is behind)",
+    "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE": "it says that our certificate is not for this purpose",
+    "SSLV3_ALERT_CERTIFICATE_UNKNOWN": "it does not accept our certificate",
+    "TLSV13_ALERT_CERTIFICATE_REQUIRED": "it demands a certificate",
+    "SSLV3_ALERT_HANDSHAKE_FAILURE": "it found no common TLS version, cipher or certificate",
+    "TLSV1_ALERT_PROTOCOL_VERSION": "it speaks no TLS version of ours",
+    "WRONG_VERSION_NUMBER": "it does not speak TLS",
+    "PEER_DID_NOT_RETURN_A_CERTIFICATE": "it showed no certificate",
+    "HTTP_REQUEST": "it spoke plain HTTP",
+}
+
+
+def describe_tls_error(error: ssl.SSLError) -> str:
+    """A TLS failure in words."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return "its certificate is refused: %s" % error.verify_message
+    reason = error.reason or ""
+    if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)) or "EOF" in reason:
+        return "it closed the connection during TLS"
+    return _ALERTS.get(reason) or words(reason) or "TLS failed"
+
+
+# --- the arithmetic of pairing (the exchange is in PAIRING) ---------------------------------------------
+
+
+class PairingOffer(NamedTuple):
+    """What an agent asks for, as both sides know it and both hash it."""
+
+    hostname: str
+    csr: str  # PEM
+    nonce: str  # public, hex: the agent recognises its answer by it
+    port: int
+    ip: str
+    lookup_by: str
+    version: str
+
+
+class PairingSecrets(NamedTuple):
+    """What both sides know once the agent has revealed its nonce: all that the code depends on."""
+
+    offer: PairingOffer
+    agent_nonce: str  # hex; secret until the dispatcher has sent its own
+    dispatcher_nonce: str  # hex
+    ca: str  # PEM
+    dispatcher_id: str
+    dispatcher_serial: str
+
+
+def _digest(*parts: object) -> bytes:
+    """SHA-256 over length-prefixed parts, so that no two lists of parts hash alike."""
+    import hashlib
+
+    total = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else str(part).encode("utf-8")
+        total.update(len(data).to_bytes(8, "big") + data)
+    return total.digest()
+
+
+def pairing_commitment(agent_nonce: str, offer: PairingOffer) -> str:
+    """What the agent says first: it fixes its secret nonce and its request without showing the nonce."""
+    return _digest("ctrl-exec pairing commitment 1", bytes.fromhex(agent_nonce), *offer).hex()
+
+
+def pairing_transcript(secrets: PairingSecrets) -> bytes:
+    """One hash over everything both sides said; equal on both only if nobody in between changed a thing."""
+    offer = secrets.offer
+    return _digest(
+        "ctrl-exec pairing transcript 1",
+        offer.hostname,
+        decode_pem(offer.csr, "CERTIFICATE REQUEST"),
+        decode_pem(secrets.ca, "CERTIFICATE"),
+        secrets.dispatcher_id,
+        secrets.dispatcher_serial,
+        bytes.fromhex(secrets.agent_nonce),
+        bytes.fromhex(secrets.dispatcher_nonce),
+    )
+
+
+def pairing_code(secrets: PairingSecrets) -> str:
+    """The six digits for a person to compare. Neither side can steer them: each has fixed its part
+    before it learns the other's (numeric comparison, as in the Bluetooth Core Specification)."""
+    number = int.from_bytes(pairing_transcript(secrets), "big") % 10**PAIRING_CODE_DIGITS
+    return "%0*d" % (PAIRING_CODE_DIGITS, number)
+
+
+def legacy_pairing_code(csr: str) -> str:
+    """The code of releases without a commitment. It proves little: see --allow-legacy."""
+    import hashlib
+
+    return "%06d" % (int.from_bytes(hashlib.sha256(csr.encode("ascii")).digest()[:4], "big") % 10**6)
+
+
+def token_proof(secret: str, side: str, secrets: PairingSecrets, certificate: str = "") -> str:
+    """HMAC-SHA-256 with a pairing token's secret over the transcript: `side` knows the secret."""
+    import hashlib
+    import hmac
+
+    message = _digest("ctrl-exec pairing token 1", side, pairing_transcript(secrets), certificate)
+    return hmac.new(secret.encode("ascii"), message, hashlib.sha256).hexdigest()
+
+
+def is_same_secret(one: str, other: str) -> bool:
+    """Compare in a time that does not depend on where they differ."""
+    import hmac
+
+    return hmac.compare_digest(one.encode("utf-8", "replace"), other.encode("utf-8", "replace"))
+
+
+# ======================================================================================================
+# 7. WIRE
+# Owns:  JSON over HTTP/1.1, both ways: what a request and an answer are, and every bound on their size.
+#        Formats: RFC 9112 (HTTP/1.1), RFC 8259 (JSON). Parsing is stricter than the RFCs allow to be.
+# Uses:  HEAD, ERRORS, GROUND
+# Why here: listening and calling share it, and no other section looks at a header.
+# ======================================================================================================
+
+
+class Channel:
+    """Bytes to and from one peer, every wait under a deadline.
+
+    Raises socket.timeout when one passes and ConnectionError when the peer has gone.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.socket = sock
+        self._buffer = bytearray()
+
+    def has_more(self) -> bool:
+        """Whether bytes that were read already wait to be parsed (a pipelined request)."""
+        return bool(self._buffer)
+
+    def _receive(self, deadline: Deadline) -> None:
+        left = deadline.left()
+        if left <= 0:
+            raise socket.timeout("timed out")
+        self.socket.settimeout(left)
+        data = self.socket.recv(65536)
+        if not data:
+            raise ConnectionError("the peer closed the connection")
+        self._buffer += data
+
+    def _take(self, size: int) -> bytes:
+        data = bytes(self._buffer[:size])
+        del self._buffer[:size]
+        return data
+
+    def read_until(self, mark: bytes, limit: int, deadline: Deadline) -> bytes:
+        """Everything up to `mark`, without it. Raises HeadTooLarge when `limit` bytes hold none."""
+        start = 0
+        while True:
+            at = self._buffer.find(mark, start)
+            if 0 <= at <= limit:
+                return self._take(at + len(mark))[:at]
+            if len(self._buffer) > limit:
+                raise HeadTooLarge("more than %d bytes before the end of the headers" % limit)
+            start = max(0, len(self._buffer) - len(mark) + 1)
+            self._receive(deadline)
+
+    def read_exactly(self, size: int, deadline: Deadline) -> bytes:
+        while len(self._buffer) < size:
+            self._receive(deadline)
+        return self._take(size)
+
+    def read_some(self, size: int, deadline: Deadline) -> bytes:
+        """At most `size` bytes, as soon as there are any; empty at the end of the stream."""
+        if not self._buffer:
+            try:
+                self._receive(deadline)
+            except ConnectionError:
+                return b""
+        return self._take(size)
+
+    def write(self, data: bytes, seconds: float) -> None:
+        self.socket.settimeout(seconds)
+        self.socket.sendall(data)
+
+
+# --- JSON -----------------------------------------------------------------------------------------------
+
+_JSON_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+
+
+def _check_depth(data: bytes) -> None:
+    """Raise BadRequest when brackets nest too deep: before the parser, whose own limit is its C stack."""
+    if data.count(b"[") + data.count(b"{") <= MAX_JSON_DEPTH:
+        return
+    depth = 0
+    for byte in re.findall(rb"[][{}]", _JSON_STRING.sub(b"", data)):
+        depth += 1 if byte in (b"[", b"{") else -1
+        if depth > MAX_JSON_DEPTH:
+            raise BadRequest("the JSON is nested deeper than %d levels" % MAX_JSON_DEPTH)
+
+
+def _unique_fields(pairs: list) -> dict:
+    fields: dict = {}
+    for name, value in pairs:
+        if name in fields:
+            raise BadRequest("field `%s` is there twice" % one_line(name[:80]), field=name[:80])
+        fields[name] = value
+    return fields
+
+
+def _refuse_constant(name: str) -> None:
+    raise BadRequest("%s is not JSON" % name)
+
+
+def parse_json(data: bytes) -> dict:
+    """A JSON object from the network: bounded depth, no duplicate names, no NaN. Raises BadRequest."""
+    _check_depth(data)
+    try:
+        text = data.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=_unique_fields, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        raise BadRequest("the body is not JSON") from None
+    if not isinstance(value, dict):
+        raise BadRequest("the body is not a JSON object")
+    return value
+
+
+class Field(NamedTuple):
+    """One field of a request body. `kind` is str, int, bool, dict, or list (of strings)."""
+
+    name: str
+    kind: type
+    required: bool = False
+    most: int = MAX_BODY  # characters of a string, entries of a list, or the largest number
+
+
+_KIND_NAMES = {str: "a string", int: "a whole number", bool: "true or false", dict: "an object", list: "a list of strings"}
+
+
+def _check_text(value: str, field: Field) -> None:
+    if len(value) > field.most:
+        raise BadRequest("field `%s` is longer than %d characters" % (field.name, field.most), field.name)
+    if "\0" in value:
+        raise BadRequest("field `%s` has a NUL character" % field.name, field.name)
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadRequest("field `%s` has half of a surrogate pair" % field.name, field.name) from None
+
+
+def parse_fields(data: bytes, fields: tuple) -> dict:
+    """The fields of a JSON body, checked against their rows; absent ones get their kind's empty value.
+
+    Unknown fields are ignored, so that a newer peer can say more. Raises BadRequest naming the field.
+    """
+    body = parse_json(data) if data else {}
+    values = {}
+    for field in fields:
+        value = body.get(field.name)
+        if value is None:
+            if field.required:
+                raise BadRequest("field `%s` is missing" % field.name, field.name)
+            value = field.kind()
+        if type(value) is not field.kind:  # not isinstance: True is an int, and must not pass for one
+            raise BadRequest("field `%s` must be %s" % (field.name, _KIND_NAMES[field.kind]), field.name)
+        if field.kind is str:
+            _check_text(value, field)
+        elif field.kind is int and not 0 <= value <= field.most:
+            raise BadRequest("field `%s` must be from 0 to %d" % (field.name, field.most), field.name)
+        elif field.kind is list:
+            if len(value) > field.most or not all(type(entry) is str for entry in value):
+                raise BadRequest("field `%s` must be %s" % (field.name, _KIND_NAMES[list]), field.name)
+            for number, entry in enumerate(value):
+                _check_text(entry, field._replace(name="%s[%d]" % (field.name, number), most=MAX_BODY))
+        values[field.name] = value
+    return values
+
+
+def encode_json(value: dict) -> bytes:
+    """Compact JSON, as existing shell scripts match it: no spaces."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace")
+
+
+# --- requests -------------------------------------------------------------------------------------------
+
+
+class Request(NamedTuple):
+    """One HTTP request, whole."""
+
+    method: str
+    path: str  # as sent, without the query; never percent-decoded: no route of ours needs it
+    query: dict
+    version: str  # "1.0" or "1.1"
+    headers: dict  # lower-case names
+    body: bytes
+
+    def wants_close(self) -> bool:
+        return self.version == "1.0" or "close" in self.headers.get("connection", "").lower()
+
+
+_REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) (/[\x21-\x7e]{0,2000}) HTTP/1\.([01])")
+_HEADER = re.compile(rb"([A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}):[ \t]*([\x20-\x7e\x80-\xff\t]*?)[ \t]*")
+
+
+def _parse_headers(lines: list) -> dict:
+    if len(lines) > MAX_HEADERS:
+        raise HeadTooLarge("%d headers; at most %d are read" % (len(lines), MAX_HEADERS))
+    headers: dict = {}
+    for line in lines:
+        hit = _HEADER.fullmatch(line)
+        if not hit:
+            raise BadRequest("a malformed header line")
+        name = hit[1].decode("ascii").lower()
+        if name in headers and name in ("content-length", "transfer-encoding", "host", "authorization"):
+            raise BadRequest("header `%s` is there twice" % name)
+        headers[name] = hit[2].decode("latin-1")
+    return headers
+
+
+def _body_length(method: str, headers: dict, limit: int) -> int:
+    """How long the body is, from one strict Content-Length. Raises BadRequest, LengthRequired, TooLarge."""
+    if "transfer-encoding" in headers:
+        raise LengthRequired("a transfer coding is not taken; send a Content-Length")
+    text = headers.get("content-length")
+    if text is None:
+        if method == "POST":
+            raise LengthRequired("a POST needs a Content-Length")
+        return 0
+    if not re.fullmatch(r"[0-9]{1,19}", text):
+        raise BadRequest("the Content-Length is not a number")
+    if int(text) > limit:
+        raise TooLarge("the body has %s bytes; at most %d are taken" % (text, limit))
+    return int(text)
+
+
+def read_request(channel: Channel, first_byte: Deadline, limit: int = MAX_BODY) -> Request:
+    """Read one request, its head under HEAD_SECONDS and its body under BODY_SECONDS.
+
+    Raises a CtrlExecError with the HTTP status to answer, socket.timeout, or ConnectionError.
+    """
+    if not channel.has_more():
+        channel._receive(first_byte)
+    head = channel.read_until(b"\r\n\r\n", MAX_HEAD, Deadline(HEAD_SECONDS))
+    first, *lines = head.split(b"\r\n")
+    hit = _REQUEST_LINE.fullmatch(first)
+    if not hit:
+        raise BadRequest("not an HTTP/1.1 request line")
+    headers = _parse_headers(lines)
+    method = hit[1].decode("ascii")
+    length = _body_length(method, headers, limit)
+    if headers.get("expect", "").lower() == "100-continue" and length:
+        channel.write(b"HTTP/1.1 100 Continue\r\n\r\n", WRITE_SECONDS)  # curl waits a second for it
+    body = channel.read_exactly(length, Deadline(BODY_SECONDS))
+    path, _, query = hit[2].decode("ascii").partition("?")
+    pairs = (part.partition("=") for part in query.split("&") if part)
+    return Request(method, path, {p[0]: p[2] for p in pairs}, "1.%s" % hit[3].decode("ascii"), headers, body)
+
+
+def encode_request(method: str, path: str, host: str, body: Optional[dict], keep: bool) -> bytes:
+    """A request in one piece, so that it leaves in one write."""
+    data = b"" if body is None else encode_json(body)
+    lines = ["%s %s HTTP/1.1" % (method, path), "Host: " + host, "User-Agent: ctrl-exec/" + __version__]
+    if body is not None:
+        lines += ["Content-Type: application/json", "Content-Length: %d" % len(data)]
+    lines += ["Connection: " + ("keep-alive" if keep else "close"), "", ""]
+    return "\r\n".join(lines).encode("ascii") + data
+
+
+# --- answers --------------------------------------------------------------------------------------------
+
+_REASONS = {
+    200: "OK", 202: "Accepted", 400: "Bad Request", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed",
+    408: "Request Timeout", 409: "Conflict", 411: "Length Required", 413: "Content Too Large", 415: "Unsupported Media Type",
+    431: "Request Header Fields Too Large", 500: "Internal Server Error", 502: "Bad Gateway", 503: "Service Unavailable",
+}  # fmt: skip
+
+
+class Response(NamedTuple):
+    """One HTTP answer. The body is an object, or chunks of JSON text that were never whole in memory."""
+
+    status: int
+    body: Any  # dict, or an iterator of bytes
+    close: bool = False
+
+
+def write_response(channel: Channel, version: str, response: Response, keep: bool) -> None:
+    """Send an answer. Short ones leave in one write; long ones are chunked, or end with the connection."""
+    chunks = iter([encode_json(response.body)] if isinstance(response.body, dict) else response.body)
+    first = next(chunks, b"")
+    second = next(chunks, None)
+    lines = ["HTTP/%s %d %s" % (version, response.status, _REASONS.get(response.status, "")), "Content-Type: application/json"]
+    chunked = second is not None and version == "1.1"
+    if second is None:
+        lines.append("Content-Length: %d" % len(first))
+    elif chunked:
+        lines.append("Transfer-Encoding: chunked")
+    lines.append("Connection: " + ("keep-alive" if keep and (second is None or chunked) else "close"))
+    head = ("\r\n".join(lines) + "\r\n\r\n").encode("ascii")
+    frame = (lambda data: b"%x\r\n%s\r\n" % (len(data), data)) if chunked else (lambda data: data)
+    channel.write(head + (frame(first) if first or not chunked else b""), WRITE_SECONDS)
+    while second is not None:
+        if second:
+            channel.write(frame(second), WRITE_SECONDS)
+        second = next(chunks, None)
+    if chunked:
+        channel.write(b"0\r\n\r\n", WRITE_SECONDS)
+
+
+class Answer(NamedTuple):
+    """The head of an answer, as a client reads it; the body follows by `read_body`."""
+
+    status: int
+    version: str
+    headers: dict
+
+
+def read_answer(channel: Channel, deadline: Deadline) -> Answer:
+    """Read the head of an answer. Raises BadRequest when it is none, socket.timeout, ConnectionError."""
+    first, *lines = channel.read_until(b"\r\n\r\n", MAX_HEAD, deadline).split(b"\r\n")
+    hit = re.fullmatch(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [\x20-\x7e]*)?", first)
+    if not hit:
+        raise BadRequest("the answer is not HTTP")
+    return Answer(int(hit[2]), "1.%s" % hit[1].decode("ascii"), _parse_headers(lines))
+
+
+def read_body(channel: Channel, answer: Answer, deadline: Deadline, limit: int = MAX_ANSWER) -> Iterator[bytes]:
+    """The body of an answer in pieces: by length, chunked, or to the end of the connection.
+
+    Raises TooLarge over `limit`, and as `read_answer`.
+    """
+    if answer.headers.get("transfer-encoding", "").lower() == "chunked":
+        yield from _read_chunks(channel, deadline, limit)
+        return
+    length = answer.headers.get("content-length")
+    if length is not None and not re.fullmatch(r"[0-9]{1,19}", length):
+        raise BadRequest("the answer's Content-Length is not a number")
+    left = limit + 1 if length is None else int(length)
+    if length is not None and left > limit:
+        raise TooLarge("the answer has more than %d bytes" % limit)
+    while left:
+        data = channel.read_some(min(left, 65536), deadline)
+        if not data:
+            if length is None:
+                return
+            raise ConnectionError("the answer was cut short")
+        left -= len(data)
+        yield data
+    if length is None:
+        raise TooLarge("the answer has more than %d bytes" % limit)
+
+
+def _read_chunks(channel: Channel, deadline: Deadline, limit: int) -> Iterator[bytes]:
+    total = 0
+    while True:
+        size_line = channel.read_until(b"\r\n", 64, deadline)
+        if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}", size_line):
+            raise BadRequest("the answer's chunks are malformed")
+        size = int(size_line, 16)
+        total += size
+        if total > limit:
+            raise TooLarge("the answer has more than %d bytes" % limit)
+        left = size
+        while left:
+            data = channel.read_some(min(left, 65536), deadline)
+            if not data:
+                raise ConnectionError("the answer was cut short")
+            left -= len(data)
+            yield data
+        if channel.read_exactly(2, deadline) != b"\r\n":
+            raise BadRequest("the answer's chunks are malformed")
+        if size == 0:
+            return
+
+
+# ======================================================================================================
+# 8. SERVER
+# Owns:  listening: accept, TLS handshake off the accept path, deadlines, the bound on connections and who
+#        has to go when it is reached, drain, routes. What a request means is the business of `handle`.
+# Uses:  HEAD, ERRORS, GROUND, TRUST, WIRE
+# Why here: agent, pairing and API listen with the same code, and so with the same defences.
+# ======================================================================================================
+
+
+class Peer(NamedTuple):
+    """Who is at the other end of a connection."""
+
+    address: str
+    port: int
+    cert: Optional[PeerCert]  # verified; None where no certificate is asked for
+    sock: Optional[socket.socket] = None  # only for asking whether the peer is still there
+
+
+class Route(NamedTuple):
+    """One operation of a server. What is not in the table is not served."""
+
+    method: str
+    path: str  # as it is; a final `*` takes one more segment, which `handle` gets as `argument`
+    handle: Callable  # its arguments are between the server's owner and the table's
+
+
+def find_route(routes: tuple, request: Request) -> tuple:
+    """The route of a request and its path's argument. Raises NotFound or MethodNotAllowed."""
+    other_method = False
+    for route in routes:
+        argument = ""
+        if route.path.endswith("*"):
+            prefix = route.path[:-1]
+            argument = request.path[len(prefix) :]
+            if not request.path.startswith(prefix) or not REQUEST_ID.fullmatch(argument):
+                continue
+        elif request.path != route.path:
+            continue
+        if request.method == route.method:
+            return route, argument
+        other_method = True
+    if other_method:
+        raise MethodNotAllowed("%s is not answered here" % request.method)
+    raise NotFound("no such path")
+
+
+def open_listeners(addresses: tuple, port: int) -> list:
+    """Listening sockets on every address (none: all of IPv4, and of IPv6 where there is one).
+
+    With port 0 the kernel picks one, the same for all. Raises ConfigError naming what is taken.
+    """
+    wanted = addresses or ("0.0.0.0", "::")
+    listeners: list = []
+    for address in wanted:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        try:
+            listener = socket.socket(family, socket.SOCK_STREAM)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                # an IPv4 peer must not arrive as ::ffff:10.0.0.5, which no allowlist means
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            listener.bind((address, port))
+            listener.listen(128)
+        except OSError as error:
+            if not addresses and family == socket.AF_INET6 and listeners:
+                continue  # a host without IPv6
+            for opened in listeners:
+                opened.close()
+            reason = "%s port %d: %s" % (address, port, error.strerror)
+            raise ConfigError("cannot listen on " + reason, "see what has it: ss -ltnp") from error
+        listener.setblocking(False)
+        port = listener.getsockname()[1]
+        listeners.append(listener)
+    return listeners
+
+
+class _Connection:
+    """One accepted connection. `waiting`: we wait for the peer's bytes, so it may be sent away."""
+
+    def __init__(self, raw: socket.socket, address: str, port: int) -> None:
+        self.raw = raw
+        self.address = address
+        self.port = port
+        self.waiting = True
+        self.served = 0  # requests answered
+
+    def send_away(self) -> None:
+        self.waiting = False
+        try:
+            self.raw.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads; it closes the socket
+        except OSError:
+            pass
+
+
+class ServerPolicy(NamedTuple):
+    """What a server asks its owner about connections."""
+
+    admit: Callable  # (address) to bool: may it connect?
+    note: Callable  # (address, failure, reason): nothing came of it; `silent`, or `tls` for a bad handshake
+
+
+class Server:
+    """Serves requests on listening sockets, one thread a connection, until it is told to drain.
+
+    A thread waits for one client only, so a silent or slow one costs a slot and a deadline. When all slots
+    are taken, the connection that has kept us waiting longest is closed for the next: a flood of silent
+    clients pushes itself out, and a client that speaks TLS at normal speed is served.
+    """
+
+    def __init__(
+        self,
+        listeners: list,
+        context: Optional[ssl.SSLContext],  # None: plain HTTP
+        handle: Callable,  # (Peer, Request) to Response; CtrlExecErrors it raises are answered
+        policy: ServerPolicy,
+        max_connections: int,
+        max_body: int = MAX_BODY,
+    ) -> None:
+        self._listeners = listeners
+        self._context = context
+        self._handle = handle
+        self._policy = policy
+        self._max_connections = max_connections
+        self._max_body = max_body
+        self._connections: dict = {}  # of _Connection, in order of arrival
+        self._guard = threading.Lock()
+        self._draining = False
+        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)  # see _accept_one
+
+    # --- accepting ---------------------------------------------------------------------------------------
+
+    def serve(self, stop: int, tick: Callable = lambda: None) -> None:
+        """Accept until descriptor `stop` becomes readable; `tick` is called between, at least each second."""
+        threading.stack_size(512 * 1024)  # 256 threads with the default of 8 MiB frighten some limits
+        poller = select.poll()
+        for descriptor in [stop] + [listener.fileno() for listener in self._listeners]:
+            poller.register(descriptor, select.POLLIN)
+        while True:
+            ready = [descriptor for descriptor, _ in poller.poll(1000)]
+            if stop in ready:
+                break
+            for listener in self._listeners:
+                if listener.fileno() in ready:
+                    self._accept_one(listener)
+            tick()
+        for listener in self._listeners:
+            listener.close()
+
+    def drain(self, seconds: float) -> bool:
+        """Close what waits, let what is being answered end; whether everything ended in time."""
+        deadline = Deadline(seconds)
+        self._draining = True
+        while True:
+            with self._guard:
+                open_ones = list(self._connections)
+            for connection in open_ones:
+                if connection.waiting:
+                    connection.send_away()
+            if not open_ones or deadline.is_over():
+                return not open_ones
+            time.sleep(0.02)
+
+    def _accept_one(self, listener: socket.socket) -> None:
+        try:
+            raw, name = listener.accept()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self._refuse_without_descriptor(listener)
+            return  # gone again, or taken by the process that shares this socket during a reload
+        connection = _Connection(raw, name[0], name[1])
+        if not self._policy.admit(connection.address):
+            raw.close()
+            return
+        with self._guard:
+            full = len(self._connections) >= self._max_connections and not self._make_room()
+            if not full:
+                self._connections[connection] = None
+        if full:
+            raw.close()
+            return
+        try:
+            threading.Thread(target=self._serve_connection, args=(connection,), daemon=True).start()
+        except RuntimeError:  # can't start new thread
+            self._forget(connection)
+            raw.close()
+
+    def _refuse_without_descriptor(self, listener: socket.socket) -> None:
+        """Out of descriptors, accept() would fail at once and for ever, at full speed: give the kernel's
+        queue one connection's worth of air with a descriptor kept for this, and pause."""
+        os.close(self._spare)
+        try:
+            listener.accept()[0].close()
+        except OSError:
+            pass
+        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        LOG.event("deny", REASON="out of file descriptors")
+        time.sleep(0.1)
+
+    def _make_room(self) -> bool:
+        if len(self._connections) >= 2 * self._max_connections:
+            return False  # those sent away have not all left yet
+        for connection in self._connections:
+            if connection.waiting:
+                connection.send_away()
+                return True
+        return False
+
+    def _forget(self, connection: _Connection) -> None:
+        with self._guard:
+            self._connections.pop(connection, None)
+
+    # --- one connection ----------------------------------------------------------------------------------
+
+    def _serve_connection(self, connection: _Connection) -> None:
+        try:
+            connection.raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            cert = None
+            if self._context is not None:
+                if not self._shake_hands(connection):
+                    return
+                cert = read_peer_cert(connection.raw)
+            peer = Peer(connection.address, connection.port, cert, connection.raw)
+            channel = Channel(connection.raw)
+            wait = HEAD_SECONDS
+            while not self._draining and self._answer_one(connection, channel, peer, wait):
+                wait = IDLE_SECONDS
+        except (OSError, ValueError):  # gone, or sent away: a closed TLS socket raises ValueError
+            if connection.served == 0:
+                self._policy.note(connection.address, "silent", "")
+        finally:
+            self._forget(connection)
+            connection.raw.close()
+
+    def _shake_hands(self, connection: _Connection) -> bool:
+        """Put TLS on a connection; False when it failed, which has been noted."""
+        raw = connection.raw
+        connection.raw = self._context.wrap_socket(raw, server_side=True, do_handshake_on_connect=False)
+        try:
+            connection.raw.settimeout(HANDSHAKE_SECONDS)  # for the whole handshake, not for each of its reads
+            connection.raw.do_handshake()
+            return True
+        except ssl.SSLError as error:
+            closed = isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)) or "EOF" in (error.reason or "")
+            self._policy.note(connection.address, "silent" if closed else "tls", describe_tls_error(error))
+            return False
+
+    def _answer_one(self, connection: _Connection, channel: Channel, peer: Peer, wait: float) -> bool:
+        """Read one request and answer it; whether the connection goes on."""
+        version, keep = "1.1", False
+        connection.waiting = True
+        try:
+            request = read_request(channel, Deadline(wait), self._max_body)
+            connection.waiting = False
+            version = request.version
+            keep = not request.wants_close() and not self._draining
+            response = self._handle(peer, request)
+        except CtrlExecError as error:
+            LOG.event("deny", PEER=peer.address, STATUS=error.http_status, REASON=error.message)
+            response = Response(error.http_status, render_refusal(error))
+        except (OSError, ConnectionError):
+            raise
+        except Exception as error:
+            log_bug(error, PEER=peer.address)
+            response = Response(500, {"ok": False, "error": "internal error; see the log here"})
+        connection.waiting = False
+        connection.served += 1
+        write_response(channel, version, response, keep)
+        if not keep:
+            connection.waiting = True
+            _linger(channel.socket)
+        return keep
+
+
+def render_refusal(error: CtrlExecError) -> dict:
+    """The body of a refusal."""
+    body = {"ok": False, "error": error.message, "status": error.code}
+    if isinstance(error, BadRequest) and error.field:
+        body["field"] = error.field
+    return body
+
+
+def _linger(sock: Any) -> None:
+    """Close our half and read on for a moment: closing with unread bytes would send a reset, and a reset
+    can overtake the answer (RFC 9112 section 9.6)."""
+    deadline = Deadline(LINGER_SECONDS)
+    try:
+        if isinstance(sock, ssl.SSLSocket):
+            sock.settimeout(0)
+            try:
+                sock.unwrap()  # sends close_notify; the peer's is not waited for
+            except (OSError, ValueError):
+                pass
+        sock.shutdown(socket.SHUT_WR)  # from here on a TLS socket reads plain bytes, which nobody looks at
+        while not deadline.is_over():
+            sock.settimeout(max(0.01, deadline.left()))
+            if not sock.recv(65536):
+                break
+    except (OSError, ValueError):
+        pass
+
+
+# ======================================================================================================
+# 9. CLIENT
+# Owns:  one connection to one host under deadlines, the peer's identity checked before a request byte
+#        leaves, and a truthful error in words: what happened, and whether the host can have acted on it.
+# Uses:  HEAD, ERRORS, GROUND, TRUST, WIRE
+# ======================================================================================================
+
+
+class Target(NamedTuple):
+    """Where a host is and who must answer there."""
+
+    name: str
+    address: str  # a host name or an IP address
+    port: int
+    cert_name: str  # the name its certificate was issued for
+
+
+def _resolve(address: str, port: int, deadline: Deadline) -> list:
+    """Socket addresses of a host. The system's resolver knows no deadline, so it gets a thread of its own."""
+    flags = socket.AI_NUMERICHOST
+    try:
+        return socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=flags)
+    except socket.gaierror:
+        pass
+    found: list = []
+
+    def ask() -> None:
+        try:
+            found.append(socket.getaddrinfo(address, port, type=socket.SOCK_STREAM))
+        except (OSError, UnicodeError) as error:
+            found.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(deadline.left())
+    if not found:
+        raise TransportError("%s did not resolve within %g s" % (address, deadline.seconds))
+    if isinstance(found[0], Exception):
+        raise TransportError("%s did not resolve (%s)" % (address, getattr(found[0], "strerror", None) or "not a name"))
+    return found[0]
+
+
+def _connect(address: str, port: int, deadline: Deadline) -> socket.socket:
+    """A TCP connection to the first of a host's addresses that answers. Raises TransportError."""
+    candidates = _resolve(address, port, deadline)
+    problem: Optional[OSError] = None
+    for number, (family, kind, protocol, _, where) in enumerate(candidates):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(max(0.01, deadline.left() / (len(candidates) - number)))
+            sock.connect(where)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return sock
+        except OSError as error:
+            sock.close()
+            problem = error
+    if isinstance(problem, socket.timeout):
+        raise TransportError("no answer from %s port %d within %g s" % (address, port, deadline.seconds))
+    if isinstance(problem, ConnectionRefusedError):
+        raise TransportError("%s port %d refused the connection" % (address, port), hint="is the agent running there?")
+    reason = problem.strerror if problem is not None else "no address"
+    raise TransportError("%s port %d is unreachable: %s" % (address, port, reason))
+
+
+class Connection:
+    """One TLS connection to one host."""
+
+    def __init__(self, address: str, port: int, context: ssl.SSLContext, seconds: float) -> None:
+        """Connect and shake hands within `seconds`. Raises TransportError."""
+        deadline = Deadline(seconds)
+        self._name = "%s port %d" % (address, port)
+        raw = _connect(address, port, deadline)
+        self._tls = context.wrap_socket(raw, do_handshake_on_connect=False)
+        try:
+            self._tls.settimeout(max(0.01, deadline.left()))
+            self._tls.do_handshake()
+        except socket.timeout as error:
+            self.close()
+            raise TransportError("%s did not finish TLS within %g s" % (self._name, seconds)) from error
+        except ssl.SSLError as error:
+            self.close()
+            raise TransportError("TLS with %s failed: %s" % (self._name, describe_tls_error(error))) from error
+        except OSError as error:
+            self.close()
+            raise TransportError("%s closed the connection during TLS" % self._name) from error
+        self._channel = Channel(self._tls)
+        self.local_address = self._tls.getsockname()[0]
+
+    def peer_cert(self) -> Optional[PeerCert]:
+        return read_peer_cert(self._tls)
+
+    def check_identity(self, name: str, revoked: frozenset) -> None:
+        """Raise TransportError unless the certificate at the other end is the one issued for `name`."""
+        cert = self.peer_cert()
+        if cert is None or not is_named(cert, name):
+            shown = ", ".join(cert.names or (cert.common_name,)) if cert is not None else "none"
+            message = "wrong identity: %s shows the certificate of %s, not of %s"
+            raise TransportError(message % (self._name, one_line(shown), name), hint="see: ced list-agents")
+        if cert.serial in revoked:
+            raise TransportError("the certificate of %s (serial %s) is revoked" % (name, cert.serial))
+
+    def request(self, method: str, path: str, body: Optional[dict], deadline: Deadline, keep: bool = False) -> tuple:
+        """Send a request and read its answer whole: (status, object).
+
+        Raises TransportError: `timeout` when the deadline passed, `unknown` when the connection broke after
+        the request had left, `unreachable` when it cannot have arrived.
+        """
+        sent = False
+        try:
+            self._channel.write(encode_request(method, path, self._name.split()[0], body, keep), max(0.01, deadline.left()))
+            sent = True
+            answer = read_answer(self._channel, deadline)
+            data = b"".join(read_body(self._channel, answer, deadline))
+            return answer.status, parse_json(data)  # with the same distrust as a request
+        except socket.timeout:
+            raise TransportError("read timeout after %gs" % deadline.seconds, state="timeout") from None
+        except ssl.SSLError as error:
+            # With TLS 1.3 the server judges our certificate after our handshake has succeeded: a refusal
+            # arrives here, as an alert, and is no lost answer.
+            refused = "ALERT" in (error.reason or "")
+            state = "unreachable" if refused or not sent else "unknown"
+            raise TransportError("%s: %s" % (self._name, describe_tls_error(error)), state) from error
+        except OSError as error:
+            state = "unknown" if sent else "unreachable"
+            raise TransportError("%s closed the connection before it answered" % self._name, state) from error
+        except (BadRequest, TooLarge, HeadTooLarge) as error:
+            raise TransportError("%s: %s" % (self._name, error.message), "unknown") from error
+
+    def request_lines(self, path: str, body: dict, deadline: Deadline) -> Iterator[dict]:
+        """POST, and yield the JSON objects of the answer, one a line, as they come. Raises as its reader does."""
+        self._channel.write(encode_request("POST", path, self._name.split()[0], body, True), WRITE_SECONDS)
+        answer = read_answer(self._channel, deadline)
+        rest = b""
+        for piece in read_body(self._channel, answer, deadline, MAX_PAIRING_BODY):
+            *lines, rest = (rest + piece).split(b"\n")
+            yield from (parse_json(line) for line in lines)
+        if rest:
+            yield parse_json(rest)
+
+    def descriptor(self) -> int:
+        return self._tls.fileno()
+
+    def close(self) -> None:
+        try:
+            self._tls.close()
+        except OSError:
+            pass
+
+    def __enter__(self) -> "Connection":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def call_agent(
+    target: Target,
+    context: ssl.SSLContext,
+    revoked: frozenset,
+    method: str,
+    path: str,
+    body: Optional[dict],
+    connect_seconds: float,
+    read_seconds: float,
+) -> tuple:
+    """One request to one agent, which must be the one registered: (status, object). Raises TransportError."""
+    with Connection(target.address, target.port, context, connect_seconds) as connection:
+        connection.check_identity(target.cert_name, revoked)
+        return connection.request(method, path, body, Deadline(read_seconds))
+
+
+# ======================================================================================================
+# 10. POLICY
+# Owns:  auth hooks, and which addresses may connect: the allowlist of addresses and the rate limits.
+# Uses:  HEAD, ERRORS, GROUND, SETTINGS, TRUST
+# Why here: dispatcher, agent and API ask the same hook in the same way; everything that is not a clear
+#        yes is a no.
+# ======================================================================================================
+
+
+class HookContext(NamedTuple):
+    """What an auth hook is told, on stdin as JSON and as ENVEXEC_* in its environment."""
+
+    action: str  # run, ping, discovery, ...
+    reqid: str
+    script: str = ""
+    hosts: tuple = ()
+    args: tuple = ()
+    username: str = ""
+    token: str = ""
+    source_ip: str = ""
+    dispatcher: str = ""  # the dispatcher's id, as its certificate proved it
+    dispatcher_serial: str = ""
+    submitter: str = ""  # of the run that a status request asks about
+    submitter_ip: str = ""
+
+
+class Hook(NamedTuple):
+    """An auth hook and how long it may think."""
+
+    path: str
+    timeout: int
+    deny_generic: bool = False
+
+    def decide(self, context: HookContext) -> None:
+        """Return when the hook exits 0; raise Denied in every other case."""
+        timestamp = iso_time(now())
+        try:
+            _check_hook(self.path)
+            done = run_program(
+                [self.path],
+                stdin=encode_json(dict(context._asdict(), timestamp=timestamp)),
+                env=_hook_environment(context, timestamp),
+                timeout=self.timeout,
+                discard=True,
+            )
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            self._deny(context, "error", "the auth hook %s cannot be run: %s" % (self.path, reason), 1)
+        if done.status is None:
+            self._deny(context, "error", "the auth hook did not answer within %d s" % self.timeout, 1)
+        if done.status in _HOOK_ANSWERS:
+            self._deny(context, "denied", _HOOK_ANSWERS[done.status], done.status)
+        if done.status != 0:
+            self._deny(context, "error", "the auth hook failed (exit status %d)" % done.status, 1)
+        LOG.event("auth", RESULT="authorised", **self._event_fields(context))
+
+    def _event_fields(self, context: HookContext) -> dict:
+        return {"REQID": context.reqid, "FOR": context.action, "SCRIPT": context.script, "USERNAME": context.username}
+
+    def _deny(self, context: HookContext, result: str, reason: str, code: int) -> None:
+        LOG.event("auth", RESULT=result, REASON=reason, CODE=code, **self._event_fields(context))
+        if self.deny_generic:
+            raise Denied("not authorised", 1)
+        raise Denied("not authorised: %s" % reason, code)
+
+
+_HOOK_ANSWERS = {1: "denied", 2: "bad credentials", 3: "insufficient privilege"}
+
+
+def _check_hook(path: str) -> None:
+    """Raise ValueError for a hook that somebody else could have written."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("not a regular file")
+    if status.st_mode & 0o002 or status.st_uid not in (0, os.geteuid()):
+        raise ValueError("others than root can change it (mode %04o)" % stat.S_IMODE(status.st_mode))
+
+
+def check_hook(hook: Hook) -> None:
+    """Raise Denied when a hook could not be asked."""
+    try:
+        _check_hook(hook.path)
+        if not os.access(hook.path, os.X_OK):
+            raise ValueError("not executable")
+    except (OSError, ValueError) as error:
+        raise Denied("cannot be run: %s" % (getattr(error, "strerror", None) or error)) from error
+
+
+def _hook_environment(context: HookContext, timestamp: str) -> dict:
+    values = context._asdict()
+    values["timestamp"] = timestamp
+    values["hosts"] = " ".join(context.hosts)
+    values["args"] = " ".join(context.args)
+    values["args_json"] = json.dumps(context.args)
+    environment = {"ENVEXEC_" + name.upper(): value for name, value in values.items()}
+    environment["PATH"] = SAFE_PATH
+    return environment
+
+
+def find_hook(path: str, default: str, timeout: int, deny_generic: bool = False) -> Optional[Hook]:
+    """The hook a configuration names, which must then exist; or the one at the default place, if it does."""
+    if path:
+        return Hook(path, timeout, deny_generic)
+    return Hook(default, timeout, deny_generic) if os.path.lexists(default) else None
+
+
+class AddressGate:
+    """Which addresses may connect now. Strangers are counted when their connection has come to nothing;
+    an address that a trusted dispatcher has used is never blocked, so that no neighbour on the control host
+    can lock it out. The table is bounded and forgets the oldest; a reload starts a new one."""
+
+    def __init__(self, allowed: tuple, volume: Rate, probe: Rate, disabled: bool, bound: int = 4096) -> None:
+        self._allowed = allowed
+        self._rates = {"volume": volume, "probe": probe}
+        self._disabled = disabled
+        self._bound = bound
+        self._guard = threading.Lock()
+        self._events: dict = {}  # (kind, address): times of recent failures
+        self._blocked: dict = {}  # address: until when
+        self._trusted: dict = {}  # address: None, oldest first
+        self._told: dict = {}  # addresses outside the allowlist that have been logged
+
+    def admit(self, address: str) -> bool:
+        """Whether a connection from here is looked at."""
+        if self._allowed and not self._is_allowed(address):
+            if self._put(self._told, address, None):
+                LOG.event("ip-block", PEER=address)
+            return False
+        key = _rate_key(address)
+        if self._disabled or key in self._trusted:
+            return True
+        with self._guard:
+            until = self._blocked.get(key, 0)
+            if until and until <= time.monotonic():
+                del self._blocked[key]
+            return until <= time.monotonic()
+
+    def trust(self, address: str) -> None:
+        """A trusted dispatcher has just proved itself from here."""
+        key = _rate_key(address)
+        if key not in self._trusted:
+            self._put(self._trusted, key, None)
+            self._blocked.pop(key, None)
+
+    def count(self, address: str, kind: str) -> None:
+        """A stranger's connection came to nothing; `kind` is `volume`, or `probe` for a bad handshake."""
+        key = _rate_key(address)
+        if self._disabled or key in self._trusted:
+            return
+        rate, moment = self._rates[kind], time.monotonic()
+        with self._guard:
+            recent = [at for at in self._events.pop((kind, key), []) if at > moment - rate.window]
+            recent.append(moment)
+            over = len(recent) > rate.count if kind == "volume" else len(recent) >= rate.count
+            if over and key not in self._blocked:
+                LOG.event("rate-block", PEER=address, KIND=kind, SECONDS=rate.block)
+            if over:
+                self._blocked[key] = moment + rate.block
+        if not over:
+            self._put(self._events, (kind, key), recent[-rate.count - 1 :])
+
+    def _put(self, table: dict, key: Any, value: Any) -> bool:
+        """Put an entry into a table, dropping the oldest when it is full; whether it is new."""
+        with self._guard:
+            new = key not in table
+            table[key] = value
+            if len(table) > self._bound:
+                del table[next(iter(table))]
+            return new
+
+    def _is_allowed(self, address: str) -> bool:
+        import ipaddress
+
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+        return any(parsed in network for network in self._allowed)
+
+
+def _rate_key(address: str) -> str:
+    """The address, or the /64 of an IPv6 one: a single host has all of that to itself."""
+    if ":" not in address:
+        return address
+    return socket.inet_pton(socket.AF_INET6, address.partition("%")[0])[:8].hex()
+
+
+# ======================================================================================================
+# 11. SCRIPTS
+# Owns:  what may run, and as what: the allowlist, sidecars, the modes of files, security profiles.
+# Uses:  HEAD, ERRORS, GROUND, SETTINGS
+# On disk: scripts.conf, PATH.schema.json (read only)
+# ======================================================================================================
+
+
+class Profile(NamedTuple):
+    """What a script runs as. Zero and empty mean: as the agent, without a limit."""
+
+    name: str
+    run_as: str
+    caps: str
+    writable: tuple
+    no_new_privileges: bool
+    timeout: int  # seconds
+    nice: int
+    memory: int  # bytes of address space
+    cpu_seconds: int
+    open_files: int
+
+
+class Script(NamedTuple):
+    """One line of the allowlist."""
+
+    name: str
+    path: str
+    profile: Profile
+    timeout: int  # seconds; 0: none of its own
+    max_running: int
+    schema: Optional[dict] = None  # the sidecar, carried untouched
+    schema_version: str = ""
+
+
+def build_profiles(profiles: dict) -> dict:
+    """Profiles by name from a configuration's sections; `default` is always there."""
+    built = {name: Profile(name, **values) for name, values in profiles.items()}
+    built.setdefault("default", Profile("", **complete_profile({})))
+    return built
+
+
+_SCRIPT_OPTIONS = {"profile": str, "timeout": parse_count, "max_running": parse_positive}
+
+
+def load_allowlist(path: str, profiles: dict) -> tuple:
+    """Read scripts.conf: (scripts by name, warnings). Raises ConfigError naming the line.
+
+    A missing file is an empty allowlist: then nothing runs.
+    """
+    try:
+        text = read_text(path)
+    except FileNotFoundError:
+        return {}, ("%s: no such file: no script can run" % path,)
+    except StorageError as error:
+        raise ConfigError(error.message, error.hint) from error
+    scripts: dict = {}
+    warnings: list = []
+    for line in parse_lines(text, path):
+        where = "%s:%d" % (path, line.number)
+        if line.section:
+            raise ConfigError("%s: sections have no place here" % where)
+        if not SCRIPT_NAME.fullmatch(line.key):
+            raise ConfigError("%s: a script name is letters, digits, _ and -, not `%s`" % (where, one_line(line.key)))
+        if line.key in scripts:
+            raise ConfigError("%s: `%s` is there twice" % (where, line.key))
+        scripts[line.key] = _parse_script(line, where, profiles, warnings)
+    return scripts, tuple(warnings)
+
+
+def _parse_script(line: ConfigLine, where: str, profiles: dict, warnings: list) -> Script:
+    path, options = line.value, {}
+    while True:  # options stand at the end, so that a path may have spaces
+        hit = re.fullmatch(r"(.*\S)\s+([a-z_]+)=(\S*)", path)
+        if not hit:
+            break
+        path, key, value = hit[1], hit[2], hit[3]
+        if key not in _SCRIPT_OPTIONS:
+            raise ConfigError("%s: unknown option `%s`%s" % (where, key, suggest(key, _SCRIPT_OPTIONS)))
+        try:
+            options[key] = _SCRIPT_OPTIONS[key](value)
+        except ValueError as error:
+            raise ConfigError("%s: `%s` expects %s" % (where, key, error)) from None
+    try:
+        path = parse_path(path)
+    except ValueError as error:
+        raise ConfigError("%s: expected %s, not `%s`" % (where, error, one_line(path))) from None
+    name = options.get("profile", "default")
+    if name not in profiles:
+        raise ConfigError("%s: no [profile %s] in agent.conf%s" % (where, one_line(name), suggest(name, profiles)))
+    schema, version = None, ""
+    try:
+        schema, version = load_sidecar(path)
+    except ValueError as error:
+        warnings.append("%s.schema.json: left out: %s" % (path, error))
+    limits = options.get("timeout", 0), options.get("max_running", 1)
+    return Script(line.key, path, profiles[name], limits[0], limits[1], schema, version)
+
+
+def load_sidecar(path: str) -> tuple:
+    """A script's sidecar and its version, or (None, ""). Raises ValueError when it cannot be used."""
+    try:
+        data = read_file(path + ".schema.json", MAX_SIDECAR)
+    except FileNotFoundError:
+        return None, ""
+    except StorageError as error:
+        raise ValueError(error.message) from error
+    try:
+        schema = parse_json(data)
+    except BadRequest as error:
+        raise ValueError(error.message) from error
+    version = schema.get("version")
+    if isinstance(version, str) and SCHEMA_VERSION.fullmatch(version) and not version.startswith("sha256:"):
+        return schema, version
+    import hashlib
+
+    canonical = json.dumps(schema, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return schema, "sha256:" + hashlib.sha256(canonical.encode("ascii")).hexdigest()[:12]
+
+
+# --- is this the file that was meant? -------------------------------------------------------------------
+
+
+def check_modes(path: str) -> None:
+    """Raise ScriptRefused when somebody other than root or we could change the file or its way there.
+
+    A directory with the sticky bit (such as /tmp) may be writable by all: nobody can rename or remove
+    what is not his in it, and what is in it is checked in its turn.
+    """
+    ours = (0, os.geteuid())
+    part = path
+    while True:
+        status = os.lstat(part)
+        mode = stat.S_IMODE(status.st_mode)
+        if status.st_uid not in ours:
+            raise ScriptRefused("%s belongs to user %d, not to root or the agent's user" % (part, status.st_uid))
+        sticky = stat.S_ISDIR(status.st_mode) and mode & stat.S_ISVTX
+        if stat.S_ISLNK(status.st_mode):
+            mode = 0  # a symlink's own mode means nothing
+        if mode & 0o002 and not sticky:
+            raise ScriptRefused("%s is writable by everybody (mode %04o)" % (part, mode), "chmod o-w " + part)
+        if mode & 0o020 and status.st_gid != 0 and not sticky:
+            raise ScriptRefused("%s is writable by its group (mode %04o)" % (part, mode), "chmod g-w " + part)
+        if part == "/":
+            return
+        part = os.path.dirname(part)
+
+
+def check_script(script: Script, script_dirs: tuple, strict_modes: bool) -> str:
+    """The real path of a script that may run now. Raises ScriptRefused saying what stands against it."""
+    try:
+        real = os.path.realpath(script.path)
+        status = os.stat(real)
+        if not stat.S_ISREG(status.st_mode):
+            raise ScriptRefused("%s is not a regular file" % real)
+        if script_dirs and not any(_is_below(real, os.path.realpath(top)) for top in script_dirs):
+            raise ScriptRefused("%s is outside script_dirs" % real)
+        if strict_modes:
+            check_modes(real)
+            check_modes(os.path.join(os.path.realpath(os.path.dirname(script.path)), os.path.basename(script.path)))
+    except OSError as error:
+        raise ScriptRefused("%s: %s" % (script.path, error.strerror)) from error
+    return real
+
+
+def _is_below(path: str, directory: str) -> bool:
+    return os.path.commonpath([path, directory]) == directory
+
+
+class Account(NamedTuple):
+    """The user a script runs as."""
+
+    uid: int
+    gid: int
+    groups: tuple
+    user: str
+    home: str
+    shell: str
+
+
+def find_account(profile: Profile) -> Account:
+    """The account of a profile's `run_as`, or our own. Raises ScriptRefused when it cannot be had."""
+    import grp
+    import pwd
+
+    user, _, group = profile.run_as.partition(":")
+    try:
+        entry = pwd.getpwnam(user) if user else pwd.getpwuid(os.geteuid())
+        gid = grp.getgrnam(group).gr_gid if group else entry.pw_gid
+    except KeyError:
+        if not user:  # a container's user without a passwd entry
+            return Account(os.geteuid(), os.getegid(), (), str(os.geteuid()), "/", "/bin/sh")
+        raise ScriptRefused("profile %s: no user or group %s" % (profile.name, one_line(profile.run_as))) from None
+    if user and os.geteuid() != 0 and (entry.pw_uid, gid) != (os.geteuid(), os.getegid()):
+        raise ScriptRefused("profile %s asks for user %s, and the agent does not run as root" % (profile.name, user))
+    groups = tuple(os.getgrouplist(entry.pw_name, gid))
+    return Account(entry.pw_uid, gid, groups, entry.pw_name, entry.pw_dir, entry.pw_shell or "/bin/sh")
+
+
+def check_profile(profile: Profile) -> Account:
+    """The account to run as, if everything the profile asks for can be applied. Raises ScriptRefused."""
+    for key in ("caps", "writable"):
+        if getattr(profile, key):
+            raise ScriptRefused("profile %s asks for `%s`, which this version cannot apply" % (profile.name, key))
+    if profile.nice < 0 and os.geteuid() != 0:
+        raise ScriptRefused("profile %s asks for nice %d, and the agent does not run as root" % (profile.name, profile.nice))
+    return find_account(profile)
+
+
+# ======================================================================================================
+# 12. JOBS
+# Owns:  the executor (the agent's parent process), one supervisor process per run, and the run's record.
+#        An executor takes nothing from the network; a supervisor outlives executor and front.
+# Uses:  HEAD, ERRORS, GROUND, WIRE, SCRIPTS
+# On disk: runs/OWNER/REQID.json, .out, .err; locks/SCRIPT.N
+# ======================================================================================================
+
+
+class JobRules(NamedTuple):
+    """What the agent's own files say about running; a supervisor believes nothing else."""
+
+    scripts: dict
+    script_dirs: tuple
+    strict_modes: bool
+    runs_dir: str
+    locks_dir: str
+    owners: frozenset  # the dispatcher ids of the trust map
+    host: str
+    max_output: int
+    stdin_timeout: int
+    script_timeout: int
+    retention: int  # seconds
+    file_owner: Optional[Owner]
+
+
+class JobRequest(NamedTuple):
+    """What the front asks an executor for: to run a script, or to look at the allowlist's files."""
+
+    operation: str  # run or inspect
+    reqid: str = ""
+    owner: str = ""  # the dispatcher's id, from its certificate
+    peer_ip: str = ""
+    script: str = ""
+    args: tuple = ()
+    username: str = ""
+    token: str = ""
+    timeout: int = 0  # seconds; can only shorten what the agent's files allow
+
+
+class RunRecord(NamedTuple):
+    """One run, as its record on disk says. Output lies beside it; arguments and tokens are not kept."""
+
+    reqid: str
+    owner: str
+    script: str
+    host: str
+    username: str
+    peer_ip: str
+    status: str  # running or done
+    started: str  # ISO 8601
+    pid: int  # of the script, which leads its own session and process group
+    finished: str = ""
+    exit: int = -1
+    signal: str = ""
+    timed_out: bool = False
+    stdout_truncated: int = 0  # bytes that were dropped
+    stderr_truncated: int = 0
+    error: str = ""
+
+
+def _record_path(rules: JobRules, owner: str, reqid: str, suffix: str) -> str:
+    return os.path.join(rules.runs_dir, owner, reqid + suffix)
+
+
+def write_record(rules: JobRules, record: RunRecord, new: bool) -> None:
+    """Write a run's record. Raises StorageError, and FileExistsError when a new one's id is taken."""
+    path = _record_path(rules, record.owner, record.reqid, ".json")
+    write_atomic(path, encode_state(record._asdict()), mode=0o640, owner=rules.file_owner, replace=not new)
+
+
+def find_record(rules: JobRules, owner: str, reqid: str) -> Optional[RunRecord]:
+    """The record of a run, or None. Raises StorageError for one that cannot be read."""
+    path = _record_path(rules, owner, reqid, ".json")
+    try:
+        values = read_json_file(path)
+    except FileNotFoundError:
+        return None
+    try:
+        return RunRecord(**{key: values[key] for key in RunRecord._fields if key in values})
+    except TypeError as error:
+        raise StorageError("%s: fields are missing" % path) from error
+
+
+def sweep_records(rules: JobRules) -> None:
+    """Remove what is older than the retention, at most once in a twenty-fourth of it; never raises."""
+    marker = os.path.join(rules.runs_dir, ".swept")
+    try:
+        if os.path.exists(marker) and now() - os.stat(marker).st_mtime < rules.retention / 24:
+            return
+        write_atomic(marker, b"")
+        for owner in os.scandir(rules.runs_dir):
+            if owner.is_dir(follow_symlinks=False):
+                for entry in os.scandir(owner.path):
+                    if now() - entry.stat(follow_symlinks=False).st_mtime > rules.retention:
+                        os.unlink(entry.path)
+    except (OSError, StorageError) as error:
+        LOG.event("run-store-fail", MESSAGE="sweep: %s" % error)
+
+
+# --- the answer -----------------------------------------------------------------------------------------
+
+
+def _render_text(path: str) -> Iterator[bytes]:
+    """The content of an output file as the inside of a JSON string; what is not UTF-8 is replaced."""
+    import codecs
+
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    with open(path, "rb") as file:
+        while True:
+            data = file.read(49152)
+            text = decoder.decode(data, final=not data)
+            yield json.dumps(text, ensure_ascii=False)[1:-1].encode("utf-8")
+            if not data:
+                return
+
+
+def _render_base64(path: str) -> Iterator[bytes]:
+    import base64
+
+    with open(path, "rb") as file:
+        while True:
+            data = file.read(49152)  # a multiple of 3, so that the pieces join
+            if not data:
+                return
+            yield base64.b64encode(data)
+
+
+def _is_utf8(path: str) -> bool:
+    import codecs
+
+    decoder = codecs.getincrementaldecoder("utf-8")("strict")
+    with open(path, "rb") as file:
+        try:
+            while True:
+                data = file.read(65536)
+                decoder.decode(data, final=not data)
+                if not data:
+                    return True
+        except UnicodeDecodeError:
+            return False
+
+
+def render_result(rules: JobRules, record: RunRecord) -> Iterator[bytes]:
+    """A run's result as JSON text in pieces: whatever a script has written is never whole in memory."""
+    facts = {"script": record.script, "exit": record.exit, "reqid": record.reqid, "host": record.host}
+    facts.update({"started": record.started, "finished": record.finished})
+    optional = ("signal", "timed_out", "stdout_truncated", "stderr_truncated", "error")
+    facts.update({key: getattr(record, key) for key in optional if getattr(record, key)})
+    yield encode_json(facts)[:-1]
+    for stream, suffix in (("stdout", ".out"), ("stderr", ".err")):
+        path = _record_path(rules, record.owner, record.reqid, suffix)
+        if not os.path.exists(path):
+            yield b',"%s":""' % stream.encode("ascii")
+            continue
+        yield b',"%s":"' % stream.encode("ascii")
+        yield from _render_text(path)
+        yield b'"'
+        if not _is_utf8(path):
+            yield b',"%s_base64":"' % stream.encode("ascii")
+            yield from _render_base64(path)
+            yield b'"'
+    yield b"}"
+
+
+# --- starting a script ----------------------------------------------------------------------------------
+
+
+class _Plan(NamedTuple):
+    """All that the forked child needs to become the script."""
+
+    path: str
+    args: tuple
+    environment: dict
+    account: Account
+    profile: Profile
+
+
+class _Started(NamedTuple):
+    """A script that runs, and our ends of its pipes."""
+
+    pid: int
+    stdin: int
+    stdout: int
+    stderr: int
+
+
+def _script_environment(request: JobRequest, account: Account) -> dict:
+    return {
+        "PATH": SAFE_PATH,
+        "HOME": account.home,
+        "USER": account.user,
+        "SHELL": account.shell,
+        "LANG": os.environ.get("LANG", "C.UTF-8"),
+        "TZ": os.environ.get("TZ", ":/etc/localtime"),  # what libc does without TZ
+        "CTRL_EXEC_REQID": request.reqid,
+        "CTRL_EXEC_SCRIPT": request.script,
+        "CTRL_EXEC_DISPATCHER": request.owner,
+    }
+
+
+def _apply_profile(plan: _Plan) -> None:
+    """In the child, before exec: limits first, then the user, then what must survive the change of user."""
+    import resource
+
+    profile, account = plan.profile, plan.account
+    if profile.nice:
+        os.setpriority(os.PRIO_PROCESS, 0, profile.nice)
+    limits = (
+        (resource.RLIMIT_AS, profile.memory),
+        (resource.RLIMIT_CPU, profile.cpu_seconds),
+        (resource.RLIMIT_NOFILE, profile.open_files),
+    )
+    for which, limit in limits:
+        if limit:
+            resource.setrlimit(which, (limit, limit))
+    if os.geteuid() == 0:
+        os.setgroups(account.groups)
+        os.setresgid(account.gid, account.gid, account.gid)
+        os.setresuid(account.uid, account.uid, account.uid)
+    if profile.no_new_privileges:
+        _set_no_new_privileges()
+
+
+def _set_no_new_privileges() -> None:
+    import ctypes
+
+    pr_set_no_new_privs = 38  # prctl(2); Python has no call of its own for it
+    if ctypes.CDLL(None, use_errno=True).prctl(pr_set_no_new_privs, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "no_new_privileges")
+
+
+def _reset_signals() -> None:
+    """Give a new process the signal handling it expects: Python ignores SIGPIPE, and children inherit it."""
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+
+def _become_script(plan: _Plan, descriptors: tuple) -> None:
+    """In the child: never returns normally."""
+    os.setsid()
+    for number, descriptor in enumerate(descriptors):
+        os.dup2(descriptor, number)  # all our other descriptors are close-on-exec
+    _reset_signals()
+    os.umask(0o022)
+    os.chdir("/")
+    _apply_profile(plan)
+    os.execve(plan.path, [plan.path, *plan.args], plan.environment)
+
+
+def start_script(plan: _Plan) -> _Started:
+    """Fork and execute, no shell. Raises OSError from the child's attempt, Unavailable when there is none."""
+    try:
+        pipes = [os.pipe() for _ in range(4)]  # stdin, stdout, stderr, and the child's word about exec
+        theirs = (pipes[0][0], pipes[1][1], pipes[2][1], pipes[3][1])
+        ours = (pipes[0][1], pipes[1][0], pipes[2][0], pipes[3][0])
+        pid = os.fork()
+    except OSError as error:  # our caller is a supervisor, and ends: the kernel closes the pipes
+        raise Unavailable("cannot start a process: %s" % error.strerror, "try again later") from error
+    if pid == 0:
+        try:
+            _become_script(plan, theirs[:3])
+        except BaseException as error:
+            code = getattr(error, "errno", None) or 0
+            os.write(theirs[3], b"%d %s" % (code, str(getattr(error, "strerror", None) or error).encode("utf-8")))
+        finally:
+            os._exit(126)
+    for descriptor in theirs:
+        os.close(descriptor)
+    failure = os.read(ours[3], 4096)  # ends when exec has closed the other end, or with the child's word
+    os.close(ours[3])
+    if failure:
+        os.waitpid(pid, 0)
+        for descriptor in ours[:3]:
+            os.close(descriptor)
+        code, _, text = failure.decode("utf-8", "replace").partition(" ")
+        raise OSError(int(code), text)
+    return _Started(pid, *ours[:3])
+
+
+# --- watching it ----------------------------------------------------------------------------------------
+
+
+class _Spool:
+    """An output stream on disk: keeps the first `limit` bytes and counts the rest."""
+
+    def __init__(self, path: str, limit: int, owner: Optional[Owner]) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            self._descriptor = os.open(path, flags, 0o640)
+            if owner is not None:
+                os.fchown(self._descriptor, owner.uid, owner.gid)
+        except OSError as error:
+            raise StorageError("cannot write %s: %s" % (path, error.strerror)) from error
+        self._room = limit
+        self.dropped = 0
+
+    def put(self, data: bytes) -> None:
+        kept = 0
+        try:
+            while kept < min(len(data), self._room):
+                kept += os.write(self._descriptor, data[kept : self._room])
+        except OSError:  # a full disk: the script goes on, and what is lost is counted
+            self._room = kept
+        self._room -= kept
+        self.dropped += len(data) - kept
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+class _Watch:
+    """Feeds a script its request, takes its output, keeps its time limit, and waits for its end.
+
+        running ──exit──→ draining (what background children still write, OUTPUT_GRACE_SECONDS) ──→ over
+           └──time limit──→ TERM to the group ──KILL_GRACE_SECONDS──→ KILL ──exit──→ draining
+    """
+
+    def __init__(self, script: _Started, stdin: bytes, spools: tuple, rules: JobRules, seconds: int) -> None:
+        self._script = script
+        self._stdin = memoryview(stdin)
+        self._sinks = {script.stdout: spools[0], script.stderr: spools[1]}
+        self._stdin_deadline = Deadline(rules.stdin_timeout)
+        self._limit = Deadline(seconds) if seconds else None
+        self._kill: Optional[Deadline] = None
+        self._drain: Optional[Deadline] = None
+        self.wait_status: Optional[int] = None
+        self.timed_out = False
+        self.stdin_timed_out = False
+        self._poller = select.poll()
+        for descriptor in (script.stdout, script.stderr):
+            os.set_blocking(descriptor, False)
+            self._poller.register(descriptor, select.POLLIN)
+        os.set_blocking(script.stdin, False)
+        self._poller.register(script.stdin, select.POLLOUT)
+        self._stdin_open = True
+
+    def run(self) -> None:
+        """Until the script has ended and its output has been taken."""
+        wake, signaled = os.pipe()
+        os.set_blocking(signaled, False)
+        os.set_blocking(wake, False)
+        signal.set_wakeup_fd(signaled, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # so that it ends a poll
+        self._poller.register(wake, select.POLLIN)
+        while True:
+            self._look()  # after the handler is in place: an end before it would wake nobody
+            if self._is_over():
+                break
+            for descriptor, _ in self._poller.poll(self._next_wait()):
+                if descriptor == wake:
+                    os.read(wake, 512)
+                elif descriptor == self._script.stdin:
+                    self._feed()
+                else:
+                    self._take(descriptor)
+        signal.set_wakeup_fd(-1)
+        if self._stdin_open:
+            self._close_stdin()
+        for descriptor in (*self._sinks, wake, signaled):
+            os.close(descriptor)
+
+    def _is_over(self) -> bool:
+        return self._drain is not None and (not self._sinks or self._drain.is_over())
+
+    def _next_wait(self) -> float:
+        """Milliseconds until something is due."""
+        due = [deadline.left() for deadline in (self._limit, self._kill, self._drain) if deadline is not None]
+        if self._stdin_open:
+            due.append(self._stdin_deadline.left())
+        return max(1, int(min(due) * 1000) + 1) if due else 3600_000
+
+    def _feed(self) -> None:
+        try:
+            written = os.write(self._script.stdin, self._stdin[:65536])
+            self._stdin = self._stdin[written:]
+        except BlockingIOError:
+            return
+        except OSError:  # the script does not read it: its choice
+            self._stdin = self._stdin[:0]
+        if not self._stdin:
+            self._close_stdin()
+
+    def _close_stdin(self) -> None:
+        self._poller.unregister(self._script.stdin)
+        os.close(self._script.stdin)
+        self._stdin_open = False
+
+    def _take(self, descriptor: int) -> None:
+        try:
+            data = os.read(descriptor, 262144)
+        except BlockingIOError:
+            return
+        if data:
+            self._sinks[descriptor].put(data)
+        else:
+            self._poller.unregister(descriptor)
+            os.close(descriptor)
+            del self._sinks[descriptor]
+
+    def _look(self) -> None:
+        """See whether the script has ended, and do what is due."""
+        if self.wait_status is None:
+            pid, status = os.waitpid(self._script.pid, os.WNOHANG)
+            if pid:
+                self.wait_status = status
+                self._limit = self._kill = None
+                self._drain = Deadline(OUTPUT_GRACE_SECONDS)
+                if self.timed_out:
+                    self._signal_group(signal.SIGKILL)  # what it leaves behind has had the same limit
+        if self._stdin_open and self._stdin_deadline.is_over():
+            self.stdin_timed_out = bool(self._stdin)
+            self._close_stdin()
+        if self._limit is not None and self._limit.is_over():
+            self.timed_out = True
+            self._limit, self._kill = None, Deadline(KILL_GRACE_SECONDS)
+            self._signal_group(signal.SIGTERM)
+        if self._kill is not None and self._kill.is_over():
+            self._kill = None
+            self._signal_group(signal.SIGKILL)
+
+    def _signal_group(self, number: int) -> None:
+        try:
+            os.killpg(self._script.pid, number)
+        except (ProcessLookupError, PermissionError):
+            pass
+
+
+# --- the supervisor -------------------------------------------------------------------------------------
+
+
+def _take_slot(rules: JobRules, script: Script, reqid: str) -> FileLock:
+    """One of the script's `max_running` locks. Raises Busy. Held by the supervisor, it outlasts the agent."""
+    make_directory(rules.locks_dir, 0o700)
+    for number in range(script.max_running):
+        lock = FileLock(os.path.join(rules.locks_dir, "%s.%d" % (script.name, number)), mode=0o600)
+        if lock.acquire():
+            lock.write(reqid)
+            return lock
+    raise Busy("%s is already running here" % script.name, "max_running in scripts.conf allows more at once")
+
+
+def _time_limit(rules: JobRules, script: Script, asked: int) -> int:
+    """Seconds a run may take: the most specific of the agent's own limits, which a caller can only shorten."""
+    allowed = script.timeout or script.profile.timeout or rules.script_timeout
+    return min(asked, allowed) if asked and allowed else asked or allowed
+
+
+def _finish_record(record: RunRecord, watch: _Watch, spools: tuple) -> RunRecord:
+    status = watch.wait_status or 0
+    name = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else ""
+    code = 126 if name else os.WEXITSTATUS(status)
+    return record._replace(
+        status="done",
+        finished=iso_time(now()),
+        exit=124 if watch.timed_out else code,
+        signal=name,
+        timed_out=watch.timed_out,
+        stdout_truncated=spools[0].dropped,
+        stderr_truncated=spools[1].dropped,
+    )
+
+
+def _permit(rules: JobRules, request: JobRequest) -> tuple:
+    """What the request may start: (script, account, real path). Raises ScriptRefused."""
+    script = rules.scripts.get(request.script)
+    if script is None or request.owner not in rules.owners:
+        raise ScriptRefused("script not permitted")
+    return script, check_profile(script.profile), check_script(script, rules.script_dirs, rules.strict_modes)
+
+
+def run_job(rules: JobRules, request: JobRequest) -> tuple:
+    """Run a script to its end and record it: (record, whether it is this request that ran it).
+
+    A request id runs once: the second request with it gets the first one's record. Raises ScriptRefused,
+    Busy, Unavailable, StorageError.
+    """
+    earlier = find_record(rules, request.owner, request.reqid)
+    if earlier is not None:
+        return earlier, False
+    script, account, path = _permit(rules, request)
+    lock = _take_slot(rules, script, request.reqid)
+    try:
+        make_directory(os.path.join(rules.runs_dir, request.owner), 0o750, rules.file_owner)
+        record = RunRecord(
+            request.reqid, request.owner, script.name, rules.host, request.username, request.peer_ip,
+            "running", iso_time(now()), 0,
+        )  # fmt: skip
+        try:
+            write_record(rules, record, new=True)
+        except FileExistsError:
+            return find_record(rules, request.owner, request.reqid), False
+        environment = _script_environment(request, account)
+        record = _run_recorded(rules, request, record, _Plan(path, request.args, environment, account, script.profile))
+        return record, True
+    finally:
+        lock.release()
+
+
+def _run_recorded(rules: JobRules, request: JobRequest, record: RunRecord, plan: _Plan) -> RunRecord:
+    """Start what has its record, watch it, and bring the record up to date; raises only before the start."""
+    script = rules.scripts[request.script]
+    paths = [_record_path(rules, record.owner, record.reqid, suffix) for suffix in (".out", ".err", ".json")]
+    try:
+        spools = tuple(_Spool(path, rules.max_output, rules.file_owner) for path in paths[:2])
+        started = start_script(plan)
+    except (StorageError, Unavailable):
+        for path in paths:  # it did not run, so its id is free again
+            if os.path.exists(path):
+                os.unlink(path)
+        raise
+    except OSError as error:
+        reason = "cannot execute %s: %s" % (plan.path, error.strerror)
+        record = record._replace(status="done", finished=iso_time(now()), exit=126, error=reason)
+        _update_record(rules, record)
+        return record
+    record = record._replace(pid=started.pid)
+    _update_record(rules, record)
+    limit = _time_limit(rules, script, request.timeout)
+    watch = _Watch(started, _render_context(request, record), spools, rules, limit)
+    watch.run()
+    for spool in spools:
+        spool.close()
+    if watch.stdin_timed_out:
+        LOG.event("stdin-timeout", REQID=record.reqid, SCRIPT=record.script)
+    record = _finish_record(record, watch, spools)
+    _update_record(rules, record)
+    return record
+
+
+def _update_record(rules: JobRules, record: RunRecord) -> None:
+    """Write what is known now. The disk may have filled up: the caller still learns how the run ended."""
+    try:
+        write_record(rules, record, new=False)
+    except StorageError as error:
+        LOG.event("run-store-fail", REQID=record.reqid, MESSAGE=error.message)
+
+
+def _render_context(request: JobRequest, record: RunRecord) -> bytes:
+    """What a script reads on stdin."""
+    context = {key: getattr(request, key) for key in ("script", "args", "reqid", "peer_ip", "username", "token")}
+    return encode_json(dict(context, dispatcher=request.owner, timestamp=record.started))
+
+
+def inspect_scripts(rules: JobRules) -> list:
+    """The allowlist as `capabilities` shows it, each file as it is now."""
+    shown = []
+    for script in rules.scripts.values():
+        try:
+            executable = os.access(check_script(script, rules.script_dirs, rules.strict_modes), os.X_OK)
+        except ScriptRefused:
+            executable = False
+        entry = {"name": script.name, "path": script.path, "executable": executable, "profile": script.profile.name}
+        if script.schema is not None:
+            entry.update(schema=script.schema, schema_version=script.schema_version)
+        shown.append(entry)
+    return shown
+
+
+# --- between front and supervisor: a socketpair per request ---------------------------------------------
+# front → supervisor: 4 bytes of length, a JobRequest as JSON
+# supervisor → front: one line of JSON, {"event": "refused" | "answer", ...}; after `answer`, the body
+
+
+def send_job(channel: socket.socket, request: JobRequest) -> None:
+    data = encode_json(request._asdict())
+    channel.sendall(len(data).to_bytes(4, "big") + data)
+
+
+def _receive_job(channel: socket.socket) -> JobRequest:
+    """The front's request, checked again: the front is the process that strangers talk to."""
+    reader, deadline = Channel(channel), Deadline(BODY_SECONDS)
+    size = int.from_bytes(reader.read_exactly(4, deadline), "big")
+    if size > 8 * MAX_BODY:  # JSON text of 1 MiB can be longer when written again
+        raise TooLarge("a job request of %d bytes" % size)
+    values = parse_fields(reader.read_exactly(size, deadline), _JOB_FIELDS)
+    if values["operation"] == "run":
+        for field, pattern in (("reqid", REQUEST_ID), ("owner", HOST_NAME), ("script", SCRIPT_NAME)):
+            if not pattern.fullmatch(values[field]):
+                raise BadRequest("field `%s` is malformed" % field, field)
+    return JobRequest(**dict(values, args=tuple(values["args"])))
+
+
+_JOB_FIELDS = (
+    Field("operation", str, True, 16),
+    Field("reqid", str),
+    Field("owner", str),
+    Field("peer_ip", str),
+    Field("script", str),
+    Field("args", list),
+    Field("username", str),
+    Field("token", str),
+    Field("timeout", int, most=10**9),
+)
+
+
+def _send_pieces(channel: socket.socket, pieces: Iterable) -> None:
+    """Send in large pieces, so that a short answer arrives at once; a front that has gone is no matter."""
+    buffer = bytearray()
+    try:
+        for piece in pieces:
+            buffer += piece
+            if len(buffer) >= 65536:
+                channel.sendall(buffer)
+                buffer.clear()
+        channel.sendall(buffer)
+    except OSError:
+        pass
+
+
+def _serve_job(channel: socket.socket, rules: JobRules) -> None:
+    """A supervisor's life: read the request, do it, answer, tidy up."""
+    channel.settimeout(BODY_SECONDS)
+    try:
+        request = _receive_job(channel)
+        if request.operation == "inspect":
+            pieces: Iterable = [encode_json({"event": "answer"}) + b"\n", encode_json({"scripts": inspect_scripts(rules)})]
+        else:
+            record, ran = run_job(rules, request)
+            if record.status != "done":
+                raise Busy("request %s is running" % record.reqid)
+            if ran:
+                LOG.event("run", REQID=record.reqid, SCRIPT=record.script, EXIT=record.exit, DISPATCHER=record.owner,
+                          PEER=record.peer_ip, USERNAME=record.username)  # fmt: skip
+            head = encode_json({"event": "answer"}) + b"\n"
+            pieces = _chain(head, render_result(rules, record))
+    except CtrlExecError as error:
+        if isinstance(error, StorageError):
+            LOG.event("run-store-fail", MESSAGE=error.message)
+        refusal = {"event": "refused", "code": error.code, "status": error.http_status, "error": error.message}
+        pieces = [encode_json(refusal) + b"\n"]
+    channel.settimeout(WRITE_SECONDS)
+    _send_pieces(channel, pieces)
+    channel.close()
+    sweep_records(rules)
+
+
+def _chain(head: bytes, pieces: Iterable) -> Iterator[bytes]:
+    yield head
+    yield from pieces
+
+
+# --- the executor ---------------------------------------------------------------------------------------
+
+
+class _Front:
+    """A front process as its parent sees it."""
+
+    def __init__(self, pid: int, control: socket.socket) -> None:
+        self.pid = pid
+        self.control: Optional[socket.socket] = control
+        self.started = time.monotonic()
+        self.draining = False
+
+    def tell(self, word: bytes) -> None:
+        self.draining = True
+        try:
+            if self.control is not None:
+                self.control.send(word)
+        except OSError:
+            pass
+
+    def hang_up(self) -> None:
+        """It said its last word; what remains is to reap it."""
+        if self.control is not None:
+            self.control.close()
+        self.control = None
+
+
+class Executor:
+    """The agent's parent process: single-threaded, no network input. It holds one bundle, keeps one front
+    alive that serves from it, forks a supervisor for each run, and reaps. Its caller gives it two functions,
+    because what a bundle is and what a front does is decided in the section after this one:
+
+    load(previous)              a new bundle with .listeners and .rules; raises a CtrlExecError
+    run_front(bundle, control)  a front's life; returns its exit status when it has drained
+    """
+
+    def __init__(self, load: Callable, run_front: Callable) -> None:
+        self._load = load
+        self._run_front = run_front
+        self._bundle: Any = None
+        self._fronts: dict = {}  # pid to _Front
+        self._restart_at = 0.0  # monotonic; when a dead front is replaced
+        self._pause = 0.0
+        self._wake, self._signaled = socket.socketpair()
+        self._pending: set = set()  # signals to act on
+
+    def run(self) -> int:
+        """Serve until SIGTERM or SIGINT; returns the exit status. Raises what the first load raises."""
+        self._bundle = self._load(None)
+        self._catch_signals()
+        import gc
+
+        gc.freeze()  # what exists now is shared with all children; a collection would copy it for each
+        self._start_front()
+        tell_systemd("READY=1")
+        while signal.SIGTERM not in self._pending:
+            self._turn()
+        return self._stop()
+
+    def _catch_signals(self) -> None:
+        for end in (self._wake, self._signaled):
+            end.setblocking(False)
+        signal.set_wakeup_fd(self._signaled.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+            signal.signal(number, lambda caught, _: self._pending.add(caught))
+        signal.signal(signal.SIGINT, lambda *_: self._pending.add(signal.SIGTERM))
+
+    def _turn(self) -> None:
+        """Wait for a signal or a front's word, and act on it."""
+        poller = select.poll()
+        poller.register(self._wake.fileno(), select.POLLIN)
+        by_descriptor = {front.control.fileno(): front for front in self._fronts.values() if front.control}
+        for descriptor in by_descriptor:
+            poller.register(descriptor, select.POLLIN)
+        wait = 60.0 if self._restart_at == 0 else max(0.0, self._restart_at - time.monotonic())
+        for descriptor, _ in poller.poll(int(wait * 1000) + 1):
+            if descriptor in by_descriptor:
+                self._take_job(by_descriptor[descriptor])
+            else:
+                self._drop_wakeups()
+        self._reap()
+        if signal.SIGHUP in self._pending:
+            self._pending.discard(signal.SIGHUP)
+            self._reload()
+        if self._restart_at and time.monotonic() >= self._restart_at:
+            self._start_front()
+
+    def _drop_wakeups(self) -> None:
+        try:
+            while self._wake.recv(512):
+                pass
+        except BlockingIOError:
+            pass
+
+    def _start_front(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._restart_at = 0.0
+        try:
+            pid = os.fork()
+        except OSError as error:
+            LOG.event("bug", MESSAGE="cannot fork a front: %s" % error.strerror)
+            self._schedule_restart()
+            return
+        if pid:
+            theirs.close()
+            self._fronts[pid] = _Front(pid, ours)
+            return
+        status = EXIT_BUG
+        try:
+            _reset_signals()
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the parent, which decides
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+            listening = [listener.fileno() for listener in self._bundle.listeners]
+            close_descriptors([theirs.fileno(), LOG.descriptor(), *listening])
+            status = self._run_front(self._bundle, theirs)
+        except BaseException as error:
+            log_bug(error)
+        finally:
+            os._exit(status)
+
+    def _take_job(self, front: _Front) -> None:
+        """A front passes one end of a socketpair: fork the supervisor that will read from it."""
+        try:
+            data, descriptors, _, _ = socket.recv_fds(front.control, 16, 1)
+        except OSError:
+            data, descriptors = b"", []
+        if not data and not descriptors:
+            front.hang_up()
+            return
+        for descriptor in descriptors:
+            channel = socket.socket(fileno=descriptor)
+            try:
+                self._fork_supervisor(channel)
+            except OSError as error:
+                reason = {"event": "refused", "code": "unavailable", "status": 503}
+                reason["error"] = "cannot start a process: %s; try again later" % error.strerror
+                _send_pieces(channel, [encode_json(reason) + b"\n"])
+            channel.close()
+
+    def _fork_supervisor(self, channel: socket.socket) -> None:
+        if os.fork():
+            return
+        try:
+            _reset_signals()
+            signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+            os.setsid()
+            close_descriptors([channel.fileno(), LOG.descriptor()])
+            _serve_job(channel, self._bundle.rules)
+        except BaseException as error:
+            log_bug(error)
+        finally:
+            os._exit(0)
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            front = self._fronts.pop(pid, None)
+            if front is None:
+                continue
+            front.hang_up()
+            if not front.draining and signal.SIGTERM not in self._pending:
+                lived = time.monotonic() - front.started
+                self._pause = 0.0 if lived > 60 else self._pause
+                LOG.event("bug", MESSAGE="the front ended with status %d; it is replaced" % status)
+                self._schedule_restart()
+
+    def _schedule_restart(self) -> None:
+        """At once the first time, then with a pause that doubles up to a minute."""
+        self._restart_at = time.monotonic() + self._pause
+        self._pause = min(60.0, max(0.5, self._pause * 2))
+
+    def _reload(self) -> None:
+        """Serve from a new bundle, if it is sound; a front that still answers keeps the one it began with."""
+        try:
+            bundle = self._load(self._bundle)
+        except CtrlExecError as error:
+            LOG.event("reload", RESULT="kept the old configuration", ERROR=error.message)
+            tell_systemd("READY=1\nSTATUS=reload failed: %s" % one_line(error.message))
+            return
+        earlier = list(self._fronts.values())
+        kept = set(bundle.listeners)
+        previous, self._bundle = self._bundle, bundle
+        self._start_front()
+        for front in earlier:
+            front.tell(b"drain")
+        for listener in previous.listeners:
+            if listener not in kept:
+                listener.close()
+        LOG.event("reload", RESULT="ok")
+        tell_systemd("READY=1\nSTATUS=reloaded")
+
+    def _stop(self) -> int:
+        """Let fronts finish what they answer; supervisors go on by themselves."""
+        tell_systemd("STOPPING=1")
+        deadline = Deadline(DRAIN_SECONDS + 1)
+        for front in self._fronts.values():
+            front.tell(b"stop")
+        for listener in self._bundle.listeners:
+            listener.close()
+        while self._fronts and not deadline.is_over():
+            for front in list(self._fronts.values()):
+                if front.control and select.select([front.control], [], [], 0)[0]:
+                    self._take_job(front)
+            self._reap()
+            time.sleep(0.01)
+        for front in self._fronts.values():
+            os.kill(front.pid, signal.SIGKILL)
+        return 0
+
+
+# ======================================================================================================
+# 13. AGENT
+# Owns:  the daemon of a managed host: the bundle that a process serves from, the pipeline of a request
+#        (revoked, trusted, parsed, listed, asked, run), and the agent's checks of itself.
+# Uses:  HEAD, ERRORS, GROUND, SETTINGS, OPENSSL, TRUST, WIRE, SERVER, POLICY, SCRIPTS, JOBS
+# On disk: agent.lock (who serves from this state directory)
+# ======================================================================================================
+
+
+class Bundle(NamedTuple):
+    """All that a front serves from; loaded by the executor, replaced whole by a reload."""
+
+    config: Config
+    listeners: list
+    context: ssl.SSLContext
+    rules: JobRules
+    trusted: dict  # serial to dispatcher id
+    revoked: frozenset
+    hook: Optional[Hook]
+    host: str  # the name in our certificate
+    expiry: str  # ISO 8601
+
+
+def agent_identity(config: Config) -> Identity:
+    return Identity(config.cert, config.key, config.ca)
+
+
+def scripts_conf_path(config: Config) -> str:
+    """scripts.conf lies beside agent.conf."""
+    return os.path.join(os.path.dirname(config.path), "scripts.conf")
+
+
+def build_rules(config: Config, host: str, owners: frozenset) -> tuple:
+    """What may run, from the configuration and the allowlist: (JobRules, warnings). Raises ConfigError."""
+    if config.strict_modes:
+        for path in (config.path, scripts_conf_path(config)):
+            if os.path.exists(path):
+                _check_own_file(path)
+    scripts, warnings = load_allowlist(scripts_conf_path(config), build_profiles(config.profiles))
+    owner = find_service_owner(AGENT_USER)
+    rules = JobRules(
+        scripts=scripts,
+        script_dirs=config.script_dirs,
+        strict_modes=config.strict_modes,
+        runs_dir=config.runs_dir,
+        locks_dir=config.default_path(AGENT_VAR + "/locks"),
+        owners=owners,
+        host=host,
+        max_output=config.max_output,
+        stdin_timeout=config.stdin_timeout,
+        script_timeout=config.script_timeout,
+        retention=config.run_retention_hours * 3600,
+        file_owner=None if owner is None else Owner(-1, owner.gid),
+    )
+    return rules, warnings
+
+
+def _check_own_file(path: str) -> None:
+    """What decides what root runs must not be writable by others."""
+    try:
+        check_modes(os.path.realpath(path))
+    except ScriptRefused as error:
+        raise ConfigError("%s cannot be trusted: %s" % (path, error.message), error.hint) from error
+
+
+def load_bundle(config_path: str, root: str, previous: Optional[Bundle]) -> Bundle:
+    """Load everything anew; sockets whose address did not change are kept. Raises ConfigError, TrustError."""
+    config = load_config("agent", config_path, root)
+    trusted = load_trust_map(config.trusted_dispatchers_path)
+    revoked = load_revoked(config.revoked_serials)
+    identity = agent_identity(config)
+    if not os.path.exists(identity.cert):
+        hint = "pair this host first: cea request-pairing --dispatcher HOST"
+        raise ConfigError("%s: no such file: this host is not paired" % identity.cert, hint)
+    context = new_server_context(identity, verify_clients=True, group=AGENT_USER)
+    info = OpenSSL().read_certificate(identity.cert)
+    host = info.names[0] if info.names else info.common_name
+    rules, warnings = build_rules(config, host, frozenset(trusted.values()))
+    for warning in config.warnings + warnings:
+        LOG.event("schema-skip" if ".schema.json: " in warning else "config-warn", MESSAGE=warning)
+    for script in rules.scripts.values():
+        try:
+            check_profile(script.profile)
+        except ScriptRefused as error:
+            LOG.event("config-warn", MESSAGE="script %s will be refused: %s" % (script.name, error.message))
+    if previous and (previous.config.bind, previous.config.port) == (config.bind, config.port):
+        listeners = previous.listeners
+    else:
+        listeners = open_listeners(config.bind, config.port)
+    hook = find_hook(config.auth_hook, config.default_path(AGENT_ETC + "/auth-hook"), config.auth_hook_timeout)
+    return Bundle(config, listeners, context, rules, trusted, revoked, hook, host, iso_time(info.not_after))
+
+
+# --- the front ------------------------------------------------------------------------------------------
+
+
+class Caller(NamedTuple):
+    """A dispatcher whose certificate is in the trust map: who it is, and from where."""
+
+    dispatcher: str
+    serial: str
+    address: str
+
+
+_RUN_FIELDS = (
+    Field("script", str, True, MAX_SCRIPT_NAME),
+    Field("args", list, most=10000),
+    Field("reqid", str, True, 64),
+    Field("username", str, most=256),
+    Field("token", str, most=8192),
+    Field("async", bool),
+    Field("stream", bool),
+    Field("timeout", int, most=10**9),
+)
+_PING_FIELDS = (Field("reqid", str, most=64),)
+
+
+class Front:
+    """The agent's network side: no privileges, no scripts. It decides whether a request may be passed on;
+    the supervisor decides again whether it may run."""
+
+    def __init__(self, bundle: Bundle, control: socket.socket) -> None:
+        config = bundle.config
+        self._bundle = bundle
+        self._control = control  # to the executor
+        self._gate = AddressGate(
+            config.allowed_ips, config.rate_limit_volume, config.rate_limit_probe, config.rate_limit_disable
+        )
+        self._routes = (
+            Route("POST", "/run", self._run),
+            Route("POST", "/ping", self._ping),
+            Route("GET", "/capabilities", self._capabilities),
+        )
+
+    def run(self) -> int:
+        """Serve until the executor says so or is gone; returns the exit status of the process."""
+        become_user(AGENT_USER)
+        raise_descriptor_limit()
+        policy = ServerPolicy(self._gate.admit, self._note)
+        server = Server(
+            self._bundle.listeners, self._bundle.context, self.handle, policy, self._bundle.config.max_connections
+        )
+        server.serve(self._control.fileno())
+        word = self._control.recv(16)
+        server.drain(10**9 if word == b"drain" else DRAIN_SECONDS)
+        return 0
+
+    def _note(self, address: str, failure: str, reason: str) -> None:
+        if failure == "tls":
+            LOG.event("tls-failure", PEER=address, REASON=reason)
+            self._gate.count(address, "probe")
+        self._gate.count(address, "volume")
+
+    def handle(self, peer: Peer, request: Request) -> Response:
+        """The pipeline, after address, rate and TLS: revoked, trusted, then the route's own steps."""
+        serial = peer.cert.serial if peer.cert is not None else ""
+        if serial in self._bundle.revoked:
+            return self._forbid(peer, serial, "revoked-cert", "certificate revoked")
+        dispatcher = self._bundle.trusted.get(serial)
+        if dispatcher is None:
+            return self._forbid(peer, serial, "serial-reject", "serial mismatch")
+        self._gate.trust(peer.address)
+        route, argument = find_route(self._routes, request)
+        return route.handle(Caller(dispatcher, serial, peer.address), peer, request, argument)
+
+    def _forbid(self, peer: Peer, serial: str, action: str, reason: str) -> Response:
+        LOG.event(action, PEER=peer.address, SERIAL=serial)
+        self._gate.count(peer.address, "volume")
+        return Response(403, {"error": reason, "status": "forbidden"}, close=True)
+
+    def _ping(self, caller: Caller, _: Peer, request: Request, __: str) -> Response:
+        fields = parse_fields(request.body, _PING_FIELDS)
+        LOG.event("ping", REQID=fields["reqid"], PEER=caller.address, DISPATCHER=caller.dispatcher)
+        body = {"status": "ok", "host": self._bundle.host, "version": __version__}
+        body.update(expiry=self._bundle.expiry, staged=False, reqid=fields["reqid"])
+        return Response(200, body)
+
+    def _capabilities(self, caller: Caller, peer: Peer, _: Request, __: str) -> Response:
+        reqid = new_id()
+        try:
+            self._ask_hook(caller, HookContext("discovery", reqid, source_ip=caller.address))
+        except Denied as error:
+            return Response(403, {"error": error.message, "status": "forbidden"})
+        LOG.event("capabilities", REQID=reqid, PEER=caller.address, DISPATCHER=caller.dispatcher)
+        event, rest = self._pass_on(JobRequest("inspect"), peer)
+        if event["event"] != "answer":
+            return Response(event["status"], {"error": event["error"], "status": event["code"]})
+        scripts = json.loads(b"".join(rest))["scripts"]
+        body = {"status": "ok", "host": self._bundle.host, "version": __version__}
+        body.update(scripts=scripts, tags=self._bundle.config.tags)
+        return Response(200, body)
+
+    def _run(self, caller: Caller, peer: Peer, request: Request, _: str) -> Response:
+        fields = parse_fields(request.body, _RUN_FIELDS)
+        for name, pattern in (("script", SCRIPT_NAME), ("reqid", REQUEST_ID)):
+            if not pattern.fullmatch(fields[name]):
+                raise BadRequest("field `%s` is malformed" % name, name)
+        for name in ("async", "stream"):
+            if fields[name]:
+                raise BadRequest("`%s` is not served by this version (%s)" % (name, __version__), name)
+        job = JobRequest(
+            "run", fields["reqid"], caller.dispatcher, caller.address, fields["script"], tuple(fields["args"]),
+            fields["username"], fields["token"], fields["timeout"],
+        )  # fmt: skip
+        if job.script not in self._bundle.rules.scripts:
+            return self._refuse_run(job, "script not permitted")
+        try:
+            self._ask_hook(
+                caller,
+                HookContext("run", job.reqid, job.script, (self._bundle.host,), job.args, job.username, job.token, job.peer_ip),
+            )
+        except Denied as error:
+            return self._refuse_run(job, error.message)
+        event, rest = self._pass_on(job, peer)
+        if event["event"] == "answer":
+            return Response(200, rest)
+        if event["code"] == ScriptRefused.code:
+            return self._refuse_run(job, event["error"])
+        LOG.event("deny", REQID=job.reqid, SCRIPT=job.script, REASON=event["error"], DISPATCHER=job.owner)
+        return Response(event["status"], {"status": event["code"], "error": event["error"], "reqid": job.reqid})
+
+    def _refuse_run(self, job: JobRequest, reason: str) -> Response:
+        """A well-formed request for something that does not run here: 200, and exit -1 says the rest."""
+        LOG.event("deny", REQID=job.reqid, SCRIPT=job.script, REASON=reason, DISPATCHER=job.owner, PEER=job.peer_ip)
+        body = {"script": job.script, "exit": -1, "stdout": "", "stderr": "", "reqid": job.reqid}
+        return Response(200, dict(body, host=self._bundle.host, error=reason))
+
+    def _ask_hook(self, caller: Caller, context: HookContext) -> None:
+        if self._bundle.hook is not None:
+            self._bundle.hook.decide(
+                context._replace(dispatcher=caller.dispatcher, dispatcher_serial=caller.serial)
+            )
+
+    def _pass_on(self, job: JobRequest, peer: Peer) -> tuple:
+        """Give a request to a new supervisor: (its event, its answer in pieces).
+
+        Raises ConnectionError when the caller goes away meanwhile; the run does not.
+        """
+        ours, theirs = socket.socketpair()
+        with theirs:
+            socket.send_fds(self._control, [b"job"], [theirs.fileno()])
+        ours.settimeout(WRITE_SECONDS)
+        send_job(ours, job)
+        poller = select.poll()
+        poller.register(ours.fileno(), select.POLLIN)
+        poller.register(peer.sock.fileno(), select.POLLRDHUP)
+        if ours.fileno() not in [descriptor for descriptor, _ in poller.poll()]:
+            ours.close()
+            raise ConnectionError("the caller is gone; request %s goes on" % job.reqid)
+        reader = Channel(ours)
+        try:
+            event = json.loads(reader.read_until(b"\n", 65536, Deadline(WRITE_SECONDS)))
+        except (OSError, ValueError):
+            event = {"event": "refused", "code": "unavailable", "status": 503, "error": "the run could not be started"}
+        return event, _relay(ours, reader)
+
+
+def _relay(channel: socket.socket, reader: Channel) -> Iterator[bytes]:
+    """What a supervisor sends, in pieces of 64 KiB, so that a short answer is one piece."""
+    with channel:
+        buffer = b""
+        while True:
+            data = reader.read_some(65536, Deadline(WRITE_SECONDS))
+            buffer += data
+            if len(buffer) >= 65536 or (not data and buffer):
+                yield buffer
+                buffer = b""
+            if not data:
+                return
+
+
+def serve_agent(config_path: str, root: str) -> int:
+    """The agent: until SIGTERM. Raises ConfigError for whatever keeps it from starting."""
+    config = load_config("agent", config_path, root)
+    state = config.default_path(AGENT_VAR)
+    make_directory(state, 0o755)
+    lock = FileLock(os.path.join(state, "agent.lock"), mode=0o644)
+    if not lock.acquire():
+        raise ConfigError("an agent serves from %s already" % state, "give this one a --root of its own")
+    lock.write("%d\n" % os.getpid())
+    raise_descriptor_limit()
+
+    def load(previous: Optional[Bundle]) -> Bundle:
+        bundle = load_bundle(config_path, root, previous)
+        if previous is None:
+            port = bundle.listeners[0].getsockname()[1]
+            LOG.event("start", VERSION=__version__, PORT=port, HOST=bundle.host, SCRIPTS=len(bundle.rules.scripts))
+        return bundle
+
+    try:
+        status = Executor(load, lambda bundle, control: Front(bundle, control).run()).run()
+    except TrustError as error:  # as final as a broken configuration: a restart will not mend it
+        raise ConfigError(error.message, error.hint) from error
+    LOG.event("stop")
+    return status
+
+
+def find_agent_pid(config: Config) -> int:
+    """The process id of the agent that serves from this configuration's state directory, or 0."""
+    path = os.path.join(config.default_path(AGENT_VAR), "agent.lock")
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return 0
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return 0  # nobody holds it
+    except OSError:
+        text = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
+        return int(text) if re.fullmatch(r"[1-9][0-9]{0,9}", text) else 0
+    finally:
+        os.close(descriptor)
+
+
+# --- checks ---------------------------------------------------------------------------------------------
+
+
+def check_agent(config: Config) -> list:
+    """Everything the agent depends on, one Finding each."""
+    findings = [Finding("WARN", warning) for warning in config.warnings]
+    findings.append(Finding("OK", "configuration %s" % config.path))
+    openssl, identity = OpenSSL(), agent_identity(config)
+    info = try_check(findings, "identity %s" % identity.cert, lambda: check_identity(openssl, identity, "sslserver", AGENT_USER))
+    if info is not None:
+        findings.append(check_expiry(identity.cert, info))
+    trusted = try_check(findings, "trust map", lambda: load_trust_map(config.trusted_dispatchers_path))
+    if trusted is not None and not trusted:
+        findings.append(Finding("FAIL", "no dispatcher is trusted", "cea request-pairing --dispatcher HOST"))
+    try_check(findings, "revocation list", lambda: load_revoked(config.revoked_serials))
+    built = try_check(findings, "allowlist", lambda: build_rules(config, "", frozenset()))
+    if built is not None:
+        rules, warnings = built
+        findings += [Finding("WARN", warning) for warning in warnings]
+        for script in rules.scripts.values():
+            try_check(findings, "script %s" % script.name, lambda: _check_runnable(script, rules))
+            account = script.profile.run_as or ("root" if os.geteuid() == 0 else "")
+            if account == "root":
+                findings.append(Finding("WARN", "script %s runs as root" % script.name, "give it a profile with run_as"))
+    hook = find_hook(config.auth_hook, config.default_path(AGENT_ETC + "/auth-hook"), config.auth_hook_timeout)
+    if hook is not None:
+        try_check(findings, "auth hook %s" % hook.path, lambda: check_hook(hook))
+    return findings
+
+
+def _check_runnable(script: Script, rules: JobRules) -> None:
+    path = check_script(script, rules.script_dirs, rules.strict_modes)
+    check_profile(script.profile)
+    if not os.access(path, os.X_OK):
+        raise ScriptRefused("%s is not executable" % path, "chmod +x " + path)
+
+
+def ping_self(config: Config) -> CertInfo:
+    """Reach our own port and see that it shows our own certificate. Raises TransportError, TrustError.
+
+    The handshake stops before its last message, so that the agent sees a connection that was closed, and
+    not one that tried to get in without a certificate.
+    """
+    info = OpenSSL().read_certificate(config.cert)
+    context = new_probe_context(config.ca)
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = context.wrap_bio(incoming, outgoing)
+    address = config.bind[0] if config.bind else "127.0.0.1"
+    try:
+        with socket.create_connection((address, config.port), timeout=HANDSHAKE_SECONDS) as sock:
+            while True:
+                try:
+                    tls.do_handshake()
+                    break
+                except ssl.SSLWantReadError:
+                    sock.sendall(outgoing.read())
+                    data = sock.recv(65536)
+                    if not data:
+                        raise TransportError("port %d closed the connection" % config.port) from None
+                    incoming.write(data)
+    except ssl.SSLError as error:
+        raise TransportError("TLS with port %d failed: %s" % (config.port, describe_tls_error(error))) from error
+    except OSError as error:
+        raise TransportError("port %d: %s" % (config.port, error.strerror or error), hint="is the agent running?") from error
+    shown = parse_serial(tls.getpeercert()["serialNumber"])
+    if shown != info.serial:
+        raise TrustError("port %d shows certificate %s, and %s is on disk" % (config.port, shown, info.serial), "reload the agent")
+    return info
+
+
+# ======================================================================================================
+# 14. REGISTRY
+# Owns:  the paired agents on the control host, which of them a command means, and the locks of running
+#        host:script pairs. All of it is files: several control hosts can share the directory.
+# Uses:  HEAD, ERRORS, GROUND, SETTINGS, CLIENT
+# On disk: agents/NAME.json, agents/.lock; locks/HOST--SCRIPT.lock
+# ======================================================================================================
+
+
+class Agent(NamedTuple):
+    """One paired agent."""
+
+    name: str
+    hostname: str
+    ip: str
+    port: int
+    lookup_by: str  # `ip` or `hostname`: which of the two to connect to
+    cert_name: str  # the name its certificate was issued for; renaming the agent keeps it
+    serial: str = ""
+    expiry: str = ""
+    paired: str = ""
+    reqid: str = ""  # of the pairing request
+    tags: dict = {}
+    extra: dict = {}  # fields of other releases, kept as they are
+
+    def address(self) -> str:
+        return self.hostname if self.lookup_by == "hostname" else self.ip or self.hostname
+
+
+_AGENT_FIELDS = tuple(field for field in Agent._fields if field != "extra")
+
+
+def _agent_path(directory: str, name: str) -> str:
+    """The file of an agent. Names can be longer than a file name may be: then its start and a hash, with a
+    `~`, which no name has."""
+    if len(name) > 240:
+        import hashlib
+
+        name = name[:200] + "~" + hashlib.sha256(name.encode("ascii")).hexdigest()[:32]
+    return os.path.join(directory, name + ".json")
+
+
+def _parse_agent(values: dict, path: str) -> Agent:
+    """An agent from its file, whatever release wrote it. Raises StorageError."""
+    name = values.get("name") or os.path.basename(path)[: -len(".json")]
+    known = {key: values[key] for key in _AGENT_FIELDS if values.get(key) is not None}
+    known.update(name=name, extra={key: value for key, value in values.items() if key not in _AGENT_FIELDS})
+    known.setdefault("hostname", name)
+    known.setdefault("ip", "")
+    known.setdefault("lookup_by", "ip" if known["ip"] else "hostname")
+    known.setdefault("cert_name", name)
+    try:
+        known["port"] = parse_port(str(known.get("port", AGENT_PORT)))
+    except ValueError as error:
+        raise StorageError("%s: port must be %s" % (path, error)) from None
+    if not isinstance(known.get("tags", {}), dict):
+        raise StorageError("%s: tags must be an object" % path)
+    for key in ("name", "hostname", "cert_name"):
+        if not HOST_NAME.fullmatch(str(known[key])):
+            raise StorageError("%s: `%s` is not a host name" % (path, key))
+    return Agent(**known)
+
+
+def list_agent_names(directory: str) -> list:
+    """The names of all agents, sorted; from file names alone where that is possible."""
+    try:
+        files = os.listdir(directory)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise StorageError("cannot read the registry %s: %s" % (directory, error.strerror), "run this as root") from error
+    names = []
+    for file in files:
+        if file.endswith(".json") and not file.startswith("."):
+            name = file[: -len(".json")]
+            if "~" in name:
+                name = read_json_file(os.path.join(directory, file)).get("name", name)
+            names.append(name)
+    return sorted(names)
+
+
+def find_agent(directory: str, name: str) -> Optional[Agent]:
+    """One agent, or None. Raises StorageError for a file that cannot be used."""
+    path = _agent_path(directory, name)
+    try:
+        return _parse_agent(read_json_file(path), path)
+    except FileNotFoundError:
+        return None
+
+
+def get_agent(directory: str, name: str) -> Agent:
+    """One agent. Raises UnknownHost with the nearest names."""
+    agent = find_agent(directory, name) if HOST_NAME.fullmatch(name) else None
+    if agent is None:
+        raise UnknownHost("unknown host: %s%s" % (one_line(name[:300]), suggest(name, list_agent_names(directory))))
+    return agent
+
+
+def load_agents(directory: str) -> tuple:
+    """All agents, sorted by name, and a message for each file that could not be used."""
+    agents, problems = [], []
+    for name in list_agent_names(directory):
+        try:
+            agent = find_agent(directory, name)
+            if agent is not None:
+                agents.append(agent)
+        except StorageError as error:
+            problems.append(error.message)
+    return agents, problems
+
+
+def registry_lock(directory: str) -> FileLock:
+    """Held while an agent is added, changed or removed."""
+    make_directory(directory, 0o750)
+    return FileLock(os.path.join(directory, ".lock"))
+
+
+def save_agent(directory: str, agent: Agent) -> None:
+    """Write an agent's file. The caller holds `registry_lock`."""
+    values = dict(agent.extra)
+    values.update({key: value for key, value in agent._asdict().items() if key != "extra"})
+    write_atomic(_agent_path(directory, agent.name), encode_state(values), mode=0o640, durable=True)
+
+
+def remove_agent(directory: str, name: str) -> None:
+    """Remove an agent's file. The caller holds `registry_lock`."""
+    try:
+        os.unlink(_agent_path(directory, name))
+    except OSError as error:
+        raise StorageError("cannot remove %s from the registry: %s" % (name, error.strerror)) from error
+
+
+def check_free_name(directory: str, name: str) -> None:
+    """Raise TrustError when a name is taken, also by one that differs in upper and lower case only."""
+    for known in list_agent_names(directory):
+        if known.lower() == name.lower():
+            raise TrustError("%s is paired already" % known, "to give its place to the new one: approve --replace")
+
+
+# --- which hosts are meant ------------------------------------------------------------------------------
+
+MAX_SELECTION = 100_000  # hosts one command can name; stops web-[0-9999999999]
+
+_RANGE = re.compile(r"\[([0-9][0-9,-]*)\]")
+
+
+def expand_ranges(word: str) -> list:
+    """`web-[01-03,07]` as its names; leading zeros keep their width. Raises UsageError."""
+    hit = _RANGE.search(word)
+    if not hit:
+        return [word]
+    numbers: list = []
+    for part in hit[1].split(","):
+        span = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part)
+        if not span or int(span[2] or span[1]) < int(span[1]):
+            raise UsageError("`%s` is not a range such as [01-20] or [1,3,7-9]" % one_line(hit[0]))
+        first, last = int(span[1]), int(span[2] or span[1])
+        if last - first >= MAX_SELECTION:
+            raise UsageError("`%s` names more than %d hosts" % (one_line(word), MAX_SELECTION))
+        width = len(span[1]) if span[1].startswith("0") else 0
+        numbers += ["%0*d" % (width, number) for number in range(first, last + 1)]
+    tails = expand_ranges(word[hit.end() :])
+    if len(numbers) * len(tails) > MAX_SELECTION:
+        raise UsageError("`%s` names more than %d hosts" % (one_line(word), MAX_SELECTION))
+    return [word[: hit.start()] + number + tail for number in numbers for tail in tails]
+
+
+class Selection(NamedTuple):
+    """Which hosts a command is for: words as typed, or everything, narrowed by tags."""
+
+    words: tuple
+    everything: bool = False
+    tags: dict = {}
+    port: int = 0  # instead of the registered one
+
+
+def _match_word(directory: str, word: str, names: list) -> Iterator[Agent]:
+    name, colon, port = word.partition(":")
+    for expanded in expand_ranges(name):
+        if any(mark in expanded for mark in "*?["):
+            import fnmatch
+
+            matching = [known for known in names if fnmatch.fnmatchcase(known, expanded)]
+            if not matching:
+                raise UnknownHost("no host matches %s" % one_line(expanded))
+        else:
+            matching = [expanded]
+        for found in matching:
+            agent = get_agent(directory, found)
+            try:
+                yield agent._replace(port=parse_port(port)) if colon else agent
+            except ValueError as error:
+                raise UsageError("%s: the port must be %s" % (one_line(word), error)) from None
+
+
+def select_agents(directory: str, selection: Selection) -> list:
+    """The agents a selection means, each once, in the order named. Raises UnknownHost, UsageError."""
+    chosen: dict = {}
+    if selection.everything or (selection.tags and not selection.words):
+        agents, problems = load_agents(directory)
+        if problems:
+            raise StorageError(problems[0], "name the other hosts one by one, or mend the file")
+        chosen = {agent.name: agent for agent in agents}
+    else:
+        names = list_agent_names(directory) if any(c in word for word in selection.words for c in "*?[") else []
+        for word in selection.words:
+            for agent in _match_word(directory, word, names):
+                chosen.setdefault(agent.name, agent)
+    agents = [agent for agent in chosen.values() if _has_tags(agent, selection.tags)]
+    if not agents:
+        raise UnknownHost("no host is selected", "see: ced list-agents")
+    if selection.port:
+        agents = [agent._replace(port=selection.port) for agent in agents]
+    return agents
+
+
+def _has_tags(agent: Agent, tags: dict) -> bool:
+    return all(str(agent.tags.get(key)) == value for key, value in tags.items())
+
+
+def build_target(agent: Agent) -> Target:
+    return Target(agent.name, agent.address(), agent.port, agent.cert_name)
+
+
+# --- locks ----------------------------------------------------------------------------------------------
+
+
+def _lock_path(directory: str, host: str, script: str) -> str:
+    name = "%s--%s" % (host, script)
+    if len(name) > 240:
+        import hashlib
+
+        name = name[:200] + "~" + hashlib.sha256(name.encode("ascii")).hexdigest()[:32]
+    return os.path.join(directory, name + ".lock")
+
+
+def _acquire_again(lock: FileLock) -> bool:
+    """`list-locks` holds what it looks at for a moment: only what is held twice in a row is held."""
+    time.sleep(0.02)
+    return lock.acquire()
+
+
+class HostLocks:
+    """The locks of one script on several hosts: all of them or none; held until released, or we die."""
+
+    def __init__(self, directory: str, hosts: Iterable, script: str, reqid: str) -> None:
+        self._directory = directory
+        self._hosts = sorted(hosts)  # one order for everybody
+        self._script = script
+        self._reqid = reqid
+        self._held: list = []
+
+    def __enter__(self) -> "HostLocks":
+        """Raises Locked, naming every pair another request holds."""
+        make_directory(self._directory, 0o770)
+        conflicts = []
+        for host in self._hosts:
+            lock = FileLock(_lock_path(self._directory, host, self._script), transient=True)
+            if lock.acquire() or _acquire_again(lock):
+                lock.write(json.dumps({"host": host, "script": self._script, "pid": os.getpid(), "reqid": self._reqid,
+                                       "since": iso_time(now())}))  # fmt: skip
+                self._held.append(lock)
+            else:
+                conflicts.append("%s:%s" % (host, self._script))
+        if conflicts:
+            self.__exit__()
+            LOG.event("lock-conflict", REQID=self._reqid, CONFLICTS=",".join(conflicts))
+            raise Locked(tuple(conflicts))
+        LOG.event("lock-acquire", REQID=self._reqid, SCRIPT=self._script, HOSTS=len(self._held))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for lock in self._held:
+            lock.release()
+        if self._held:
+            LOG.event("lock-release", REQID=self._reqid, SCRIPT=self._script, HOSTS=len(self._held))
+        self._held = []
+
+
+def list_locks(directory: str) -> list:
+    """The locks that are held now, as their holders described them."""
+    try:
+        files = sorted(file for file in os.listdir(directory) if file.endswith(".lock"))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise StorageError("cannot read %s: %s" % (directory, error.strerror)) from error
+    held = []
+    for file in files:
+        path = os.path.join(directory, file)
+        try:
+            with open(path, "rb") as opened:
+                fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)  # nobody holds it: left behind by a kill
+        except BlockingIOError:
+            try:
+                held.append(read_json_file(path))
+            except (StorageError, FileNotFoundError):
+                held.append({"host": file[:-5].partition("--")[0], "script": file[:-5].partition("--")[2]})
+        except OSError:
+            continue
+    return held
+
+
+# ======================================================================================================
+# 15. PAIRING
+# Owns:  how an agent gets its certificate: both halves of one protocol, side by side, and the tokens that
+#        stand in for a person.
+# Uses:  HEAD, ERRORS, GROUND, SETTINGS, OPENSSL, TRUST, WIRE, SERVER, CLIENT, POLICY, AGENT, REGISTRY
+# On disk: pairing/REQID.json, pairing/DESK.desk, pairing-tokens/ID.json; on the agent pairing/REQID.json
+#
+#   agent                                   front (no privileges)            desk (holds the CA)
+#     POST /pair: offer, commitment     →
+#                                       ←   nonce, CA, who I am
+#     POST /pair/reveal: secret nonce   →   opens the commitment?        →   queued, or token checked
+#       both show the same six digits                                        operator: approve, deny
+#                                       ←   certificate                  ←   signed
+#     stored; POST /pair/stored         →   logged
+# ======================================================================================================
+
+
+class PairingRequest(NamedTuple):
+    """One agent that wants a certificate, after it has opened its commitment."""
+
+    reqid: str
+    hostname: str
+    csr: str
+    nonce: str
+    port: int
+    ip: str  # as the agent says; empty: where it came from
+    lookup_by: str
+    version: str
+    peer: str  # where it came from
+    agent_nonce: str
+    dispatcher_nonce: str
+    legacy: bool = False  # of a release without commitment; see --allow-legacy
+    token_id: str = ""
+    token_proof: str = ""
+    received: float = 0.0
+    desk: str = ""  # which pairing-mode holds its connection
+    status: str = "pending"  # approved, denied
+    reason: str = ""
+    certificate: str = ""
+    answer_proof: str = ""  # the token's proof to the agent
+
+    def offer(self) -> PairingOffer:
+        return PairingOffer(*(getattr(self, field) for field in PairingOffer._fields))
+
+
+_OFFER_FIELDS = (
+    Field("hostname", str, True, MAX_NAME),
+    Field("csr", str, True, MAX_CSR),
+    Field("nonce", str, True, 2 * NONCE_BYTES),
+    Field("port", int, most=65535),
+    Field("ip", str, most=45),
+    Field("lookup_by", str, most=8),
+    Field("version", str, most=32),
+    Field("commit", str, most=64),
+    Field("token_id", str, most=32),
+)
+_REVEAL_FIELDS = (
+    Field("reqid", str, True, 64),
+    Field("reveal", str, True, 2 * NONCE_BYTES),
+    Field("token_proof", str, most=64),
+)
+_STORED_FIELDS = (Field("reqid", str, True, 64),)
+
+
+class PairingTerms(NamedTuple):
+    """What the dispatcher's two processes know before the first request comes."""
+
+    ca: str  # PEM
+    dispatcher_id: str
+    dispatcher_serial: str
+    allow_legacy: bool
+    timeout: int
+    max_queue: int
+    desk: str
+
+
+def build_secrets(terms: PairingTerms, request: PairingRequest) -> PairingSecrets:
+    who = (terms.ca, terms.dispatcher_id, terms.dispatcher_serial)
+    return PairingSecrets(request.offer(), request.agent_nonce, request.dispatcher_nonce, *who)
+
+
+def request_code(terms: PairingTerms, request: PairingRequest) -> str:
+    """The six digits of a request, computed anew from all that they stand for."""
+    return legacy_pairing_code(request.csr) if request.legacy else pairing_code(build_secrets(terms, request))
+
+
+# --- the dispatcher's network side ----------------------------------------------------------------------
+
+
+class _Offered(NamedTuple):
+    """An offer whose commitment is still closed."""
+
+    request: PairingRequest
+    commit: str
+    sock: socket.socket
+    deadline: Deadline
+
+
+class PairingFront:
+    """Talks to agents. It has no privileges and no files: what it learns goes to the desk."""
+
+    def __init__(self, terms: PairingTerms, openssl: OpenSSL, control: socket.socket, gate: AddressGate) -> None:
+        self._terms = terms
+        self._openssl = openssl
+        self._control = control
+        self._gate = gate
+        self._offered: dict = {}  # reqid to _Offered; bounded, see _offer
+        self._issued: dict = {}  # reqid to (hostname, socket): a certificate is on its way
+        self._guard = threading.Lock()
+        self._routes = (
+            Route("POST", "/pair", self._offer),
+            Route("POST", "/pair/reveal", self._reveal),
+            Route("POST", "/pair/stored", self._stored),
+        )
+
+    def run(self, listeners: list, context: ssl.SSLContext) -> int:
+        become_user(DISPATCHER_USER)
+        policy = ServerPolicy(self._gate.admit, lambda address, *_: self._gate.count(address, "volume"))
+        server = Server(listeners, context, self.handle, policy, 256, MAX_PAIRING_BODY)
+        server.serve(self._control.fileno())
+        server.drain(1)
+        return 0
+
+    def handle(self, peer: Peer, request: Request) -> Response:
+        route, _ = find_route(self._routes, request)
+        try:
+            return route.handle(peer, request)
+        except (BadRequest, TrustError, Unavailable) as error:
+            LOG.event("pair-reject", PEER=peer.address, REASON=error.message)
+            return Response(503 if isinstance(error, Unavailable) else 400, {"status": "denied", "reason": error.message}, True)
+
+    def _offer(self, peer: Peer, request: Request) -> Response:
+        self._gate.count(peer.address, "volume")
+        fields = parse_fields(request.body, _OFFER_FIELDS)
+        commit = fields.pop("commit")
+        legacy = not commit
+        _check_offer(fields, commit)
+        if legacy and not self._terms.allow_legacy:
+            raise BadRequest("this agent does not commit to its request; see --allow-legacy", "commit")
+        self._openssl.check_request(fields["csr"])
+        waiting = PairingRequest(
+            reqid=new_id(), peer=peer.address, agent_nonce="", dispatcher_nonce=new_id(NONCE_BYTES), legacy=legacy,
+            **fields,
+        )  # fmt: skip
+        LOG.event("pair-request", REQID=waiting.reqid, PEER=peer.address, NAME=waiting.hostname, LEGACY=legacy)
+        pending = {"status": "pending", "reqid": waiting.reqid}
+        if legacy:
+            return Response(200, self._legacy_lines(pending, peer, waiting), True)
+        with self._guard:
+            for reqid in [known for known, offer in self._offered.items() if offer.deadline.is_over()]:
+                del self._offered[reqid]
+            if len(self._offered) >= 256:
+                raise Unavailable("too many pairing requests at once")
+            self._offered[waiting.reqid] = _Offered(waiting, commit, peer.sock, Deadline(HANDSHAKE_SECONDS))
+        pending.update(dispatcher_nonce=waiting.dispatcher_nonce, ca=self._terms.ca)
+        pending.update(dispatcher_id=self._terms.dispatcher_id, dispatcher_serial=self._terms.dispatcher_serial)
+        return Response(200, pending)
+
+    def _reveal(self, peer: Peer, request: Request) -> Response:
+        fields = parse_fields(request.body, _REVEAL_FIELDS)
+        with self._guard:
+            offered = self._offered.pop(fields["reqid"], None)
+        if offered is None or offered.sock is not peer.sock:
+            raise BadRequest("no such pairing request on this connection", "reqid")
+        waiting = offered.request
+        if not _is_opened(offered.commit, fields["reveal"], waiting.offer()):
+            LOG.event("pair-tamper", REQID=waiting.reqid, PEER=peer.address, NAME=waiting.hostname)
+            return Response(403, {"status": "denied", "reason": "the reveal does not match the commitment"}, True)
+        waiting = waiting._replace(agent_nonce=fields["reveal"], token_proof=fields["token_proof"])
+        decision = self._wait_for_decision(peer, waiting)
+        if decision["status"] == "approved":
+            with self._guard:
+                self._issued[waiting.reqid] = (waiting.hostname, peer.sock)
+                if len(self._issued) > 256:
+                    del self._issued[next(iter(self._issued))]
+        return Response(200, decision)
+
+    def _stored(self, peer: Peer, request: Request) -> Response:
+        reqid = parse_fields(request.body, _STORED_FIELDS)["reqid"]
+        with self._guard:
+            name, sock = self._issued.pop(reqid, ("", None))
+        if sock is not peer.sock:
+            raise BadRequest("no such pairing request on this connection", "reqid")
+        LOG.event("pair-complete", REQID=reqid, PEER=peer.address, NAME=name)
+        return Response(200, {"status": "ok"}, True)
+
+    def _legacy_lines(self, pending: dict, peer: Peer, waiting: PairingRequest) -> Iterator[bytes]:
+        """The older protocol: `pending` at once, the decision when it is made, one JSON object a line."""
+        yield encode_json(pending) + b"\n"
+        yield b""  # so that the first line leaves now
+        yield encode_json(self._wait_for_decision(peer, waiting)) + b"\n"
+
+    def _wait_for_decision(self, peer: Peer, waiting: PairingRequest) -> dict:
+        """Hand the request to the desk and wait. Raises ConnectionError when the agent goes away."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            socket.send_fds(self._control, [b"pair"], [theirs.fileno()])
+        with ours:
+            data = encode_json(waiting._asdict())
+            ours.sendall(len(data).to_bytes(4, "big") + data)
+            poller = select.poll()
+            poller.register(ours.fileno(), select.POLLIN)
+            poller.register(peer.sock.fileno(), select.POLLRDHUP)
+            if ours.fileno() not in [descriptor for descriptor, _ in poller.poll()]:
+                raise ConnectionError("the agent went away")
+            return json.loads(Channel(ours).read_until(b"\n", MAX_PAIRING_BODY, Deadline(WRITE_SECONDS)))
+
+
+def _check_offer(fields: dict, commit: str) -> None:
+    if not HOST_NAME.fullmatch(fields["hostname"]):
+        raise BadRequest("field `hostname` is not a host name", "hostname")
+    if not re.fullmatch(r"[0-9a-f]{%d}" % (2 * NONCE_BYTES), fields["nonce"]):
+        raise BadRequest("field `nonce` must be %d bytes as hex" % NONCE_BYTES, "nonce")
+    if commit and not re.fullmatch(r"[0-9a-f]{64}", commit):
+        raise BadRequest("field `commit` must be a SHA-256 as hex", "commit")
+    if fields["lookup_by"] not in ("", "ip", "hostname"):
+        raise BadRequest("field `lookup_by` must be ip or hostname", "lookup_by")
+    if not re.fullmatch(r"[A-Za-z0-9.+-]*", fields["version"]):
+        raise BadRequest("field `version` is malformed", "version")
+    if fields["ip"]:
+        try:
+            parse_addresses(fields["ip"])
+        except ValueError:
+            raise BadRequest("field `ip` is not an IP address", "ip") from None
+
+
+def _is_opened(commit: str, reveal: str, offer: PairingOffer) -> bool:
+    """Whether a revealed nonce opens the commitment to an offer."""
+    if not re.fullmatch(r"[0-9a-f]{%d}" % (2 * NONCE_BYTES), reveal):
+        return False
+    return is_same_secret(pairing_commitment(reveal, offer), commit)
+
+
+def run_pairing_front(
+    listeners: list, context: ssl.SSLContext, terms: PairingTerms, config: Config, control: socket.socket
+) -> int:
+    """Fork the network side; returns its process id. It ends when `control` is closed here."""
+    rate, disabled = config.pairing_rate_limit_volume, config.pairing_rate_limit_disable
+    pid = os.fork()
+    if pid:
+        return pid
+    status = EXIT_BUG
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # the desk decides when to stop
+        os.setsid()
+        close_descriptors([control.fileno(), LOG.descriptor(), *(listener.fileno() for listener in listeners)])
+        gate = AddressGate((), rate, rate, disabled)
+        status = PairingFront(terms, OpenSSL(), control, gate).run(listeners, context)
+    except BaseException as error:
+        log_bug(error)
+    finally:
+        os._exit(status)
+
+
+# --- tokens: pairing without a person -------------------------------------------------------------------
+
+
+class PairingToken(NamedTuple):
+    """What a token on disk allows. The secret is a key for HMAC, so both sides must have it."""
+
+    token_id: str
+    secret: str
+    expires: float
+    uses: int
+    name: str  # a host name or a pattern with *; empty: any
+
+
+def new_token(directory: str, ttl: int, uses: int, name: str) -> str:
+    """Make a token and return it: 8 hex digits to find it by, a dot, 160 bits in base 32."""
+    import base64
+
+    make_directory(directory, 0o700)
+    token = PairingToken(new_id(4), base64.b32encode(os.urandom(20)).decode("ascii").lower(), now() + ttl, uses, name)
+    path = os.path.join(directory, token.token_id + ".json")
+    write_atomic(path, encode_state(token._asdict()), mode=0o600, durable=True)
+    return "%s.%s" % (token.token_id, token.secret)
+
+
+def use_token(directory: str, terms: PairingTerms, request: PairingRequest) -> str:
+    """Check a request's token, use it once, and return its secret. Raises PairingDenied.
+
+    Wrong, expired, used up and meant for another name are refused in the same words.
+    """
+    refused = PairingDenied("the pairing token is not accepted")
+    if not re.fullmatch(r"[0-9a-f]{8}", request.token_id) or not os.path.isdir(directory):
+        raise refused
+    path = os.path.join(directory, request.token_id + ".json")
+    with FileLock(os.path.join(directory, ".lock"), mode=0o600):
+        try:
+            token = PairingToken(**read_json_file(path))
+        except (FileNotFoundError, StorageError, TypeError):
+            raise refused from None
+        proof = token_proof(token.secret, "agent", build_secrets(terms, request))
+        import fnmatch
+
+        known = is_same_secret(proof, request.token_proof)
+        if not known or token.expires < now() or (token.name and not fnmatch.fnmatchcase(request.hostname, token.name)):
+            raise refused
+        if token.uses > 1:
+            write_atomic(path, encode_state(token._replace(uses=token.uses - 1)._asdict()), mode=0o600, durable=True)
+        else:
+            os.unlink(path)
+    return token.secret
+
+
+# --- the queue on disk ----------------------------------------------------------------------------------
+
+
+def _request_path(directory: str, reqid: str) -> str:
+    return os.path.join(directory, reqid + ".json")
+
+
+def _desk_path(directory: str, desk: str) -> str:
+    return os.path.join(directory, desk + ".desk")
+
+
+def write_pairing_request(directory: str, request: PairingRequest) -> None:
+    write_atomic(_request_path(directory, request.reqid), encode_state(request._asdict()), mode=0o640)
+
+
+def find_pairing_request(directory: str, reqid: str) -> Optional[PairingRequest]:
+    """A request in the queue, or None. Raises StorageError for a file that cannot be used."""
+    path = _request_path(directory, reqid)
+    try:
+        return PairingRequest(**read_json_file(path))
+    except FileNotFoundError:
+        return None
+    except TypeError as error:
+        raise StorageError("%s: not a pairing request" % path) from error
+
+
+def _is_desk_open(directory: str, desk: str) -> bool:
+    """Whether the pairing-mode that holds a request's connection still runs."""
+    lock = FileLock(_desk_path(directory, desk), transient=True)
+    if not os.path.exists(lock.path):
+        return False
+    if lock.acquire():
+        lock.release()
+        return False
+    return True
+
+
+def load_pairing_requests(config: Config) -> list:
+    """The requests that wait for a decision, oldest first; files that a killed pairing-mode left are removed."""
+    try:
+        files = os.listdir(config.pairing_dir)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise StorageError("cannot read %s: %s" % (config.pairing_dir, error.strerror), "run this as root") from error
+    waiting = []
+    for file in files:
+        if not file.endswith(".json"):
+            continue
+        request = find_pairing_request(config.pairing_dir, file[: -len(".json")])
+        if request is None or request.status != "pending":
+            continue
+        if now() - request.received > config.pairing_timeout or not _is_desk_open(config.pairing_dir, request.desk):
+            os.unlink(_request_path(config.pairing_dir, request.reqid))
+        else:
+            waiting.append(request)
+    return sorted(waiting, key=lambda request: request.received)
+
+
+def get_pairing_request(config: Config, reqid: str) -> PairingRequest:
+    """A waiting request by its id. Raises NotFound."""
+    for request in load_pairing_requests(config):
+        if request.reqid == reqid:
+            return request
+    raise NotFound("no pairing request %s is waiting" % one_line(reqid[:80]), "see: ced list-requests")
+
+
+class Approval(NamedTuple):
+    """What the operator decided about an agent; empty means as the request says."""
+
+    name: str = ""
+    ip: str = ""
+    port: int = 0
+    lookup_by: str = ""
+    replace: bool = False  # give it the place of an agent of that name
+
+
+def dispatcher_identity(config: Config) -> Identity:
+    return Identity(config.cert, config.key, config.ca)
+
+
+def approve_pairing(config: Config, openssl: OpenSSL, request: PairingRequest, approval: Approval, secret: str = "") -> Agent:
+    """Sign the request that was shown, register the agent, and leave the certificate for the desk to send.
+
+    The certificate's name is the approved one and nothing else comes from the request but its key. Raises
+    TrustError when the name is taken, StorageError, ProgramError.
+    """
+    name = approval.name or request.hostname
+    if not HOST_NAME.fullmatch(name):
+        raise UsageError("%s is not a host name" % one_line(name))
+    openssl.check_request(request.csr)
+    with registry_lock(config.registry_dir):
+        still = find_pairing_request(config.pairing_dir, request.reqid)
+        if still != request:  # decided by somebody else, gone, or not what was shown
+            raise NotFound("pairing request %s is not waiting any more" % request.reqid)
+        replaced = find_agent(config.registry_dir, name) if approval.replace else None
+        if replaced is None:
+            check_free_name(config.registry_dir, name)
+        certificate = openssl.sign(request.csr, name, "agent", config.cert_days, config.ca, ca_key_path(config.ca))
+        info = openssl.parse_certificate(certificate.encode("ascii"))
+        agent = Agent(
+            name, request.hostname, approval.ip or request.ip or request.peer, approval.port or request.port or AGENT_PORT,
+            approval.lookup_by or request.lookup_by or "ip", name, info.serial, iso_time(info.not_after), iso_time(now()),
+            request.reqid,
+        )  # fmt: skip
+        save_agent(config.registry_dir, agent)
+        if replaced is not None and replaced.serial:
+            add_revoked(config.revoked_serials, [replaced.serial], "replaced: %s" % name)
+        terms = build_terms(config, openssl, request.desk)
+        proof = token_proof(secret, "dispatcher", build_secrets(terms, request), certificate) if secret else ""
+        decided = request._replace(status="approved", certificate=certificate, answer_proof=proof)
+        write_pairing_request(config.pairing_dir, decided)
+    LOG.event("pair-approve", REQID=request.reqid, NAME=name, SERIAL=info.serial, PEER=request.peer)
+    return agent
+
+
+def deny_pairing(config: Config, request: PairingRequest, reason: str) -> None:
+    """Leave a denial for the desk to send."""
+    write_pairing_request(config.pairing_dir, request._replace(status="denied", reason=reason))
+    LOG.event("pair-deny", REQID=request.reqid, NAME=request.hostname, REASON=reason)
+
+
+def build_terms(config: Config, openssl: OpenSSL, desk: str, allow_legacy: bool = False) -> PairingTerms:
+    """Who this dispatcher is, for the front and for computing codes. Raises TrustError."""
+    serial = openssl.read_certificate(config.cert).serial
+    ca = read_certificate_file(config.ca).decode("ascii", "replace")
+    return PairingTerms(
+        ca, config.dispatcher_id, serial, allow_legacy, config.pairing_timeout, config.pairing_max_queue, desk
+    )
+
+
+# --- the desk: what pairing-mode does with privileges ---------------------------------------------------
+
+
+class PairingDesk:
+    """Takes requests from the front into the queue, and decisions from the queue to the front.
+
+    Decisions are made by whoever writes the request's file: the operator at the prompt, `ced approve` from
+    another terminal, or a token. The desk itself listens to nobody but its own front.
+    """
+
+    def __init__(self, config: Config, openssl: OpenSSL, terms: PairingTerms, control: socket.socket) -> None:
+        self._config = config
+        self._openssl = openssl
+        self._terms = terms
+        self._control = control
+        self._channels: dict = {}  # reqid to the socket on which the front waits
+        self._lock = FileLock(_desk_path(config.pairing_dir, terms.desk), transient=True)
+        self._lock.acquire()
+
+    def descriptors(self) -> list:
+        """What to wait for, besides the terminal and the clock."""
+        return [self._control.fileno()] + [channel.fileno() for channel in self._channels.values()]
+
+    def turn(self) -> None:
+        """Do what is due: take in what the front has, send what was decided, forget who went away.
+
+        Raises Unavailable when the front has died.
+        """
+        readable = select.select(self.descriptors(), [], [], 0)[0]
+        if self._control.fileno() in readable:
+            self._take_request()
+        for reqid, channel in list(self._channels.items()):
+            if channel.fileno() in readable:  # the front says nothing after its request: this is the end
+                self._finish(reqid)
+                self._remove(reqid)
+                LOG.event("pair-timeout", REQID=reqid, REASON="the agent went away")
+        for reqid in list(self._channels):
+            self._look_for_decision(reqid)
+
+    def close(self) -> None:
+        """End: whoever still waits is told so."""
+        for reqid in list(self._channels):
+            self._answer(reqid, {"status": "denied", "reason": "pairing mode was ended"})
+            self._remove(reqid)
+        self._control.close()
+        self._lock.release()
+
+    def _take_request(self) -> None:
+        data, descriptors, _, _ = socket.recv_fds(self._control, 16, 1)
+        if not data and not descriptors:
+            raise Unavailable("the pairing port stopped working; see the log")
+        for descriptor in descriptors:
+            channel = socket.socket(fileno=descriptor)
+            try:
+                reader, deadline = Channel(channel), Deadline(2)
+                size = int.from_bytes(reader.read_exactly(4, deadline), "big")
+                values = parse_json(reader.read_exactly(min(size, MAX_PAIRING_BODY), deadline))
+                request = PairingRequest(**values)._replace(received=now(), desk=self._terms.desk, status="pending")
+                if not REQUEST_ID.fullmatch(request.reqid):
+                    raise BadRequest("reqid")
+            except (OSError, TypeError, CtrlExecError):
+                channel.close()
+                continue
+            self._channels[request.reqid] = channel
+            self._admit(request)
+
+    def _admit(self, request: PairingRequest) -> None:
+        try:
+            if request.token_id:
+                secret = use_token(token_directory(self._config), self._terms, request)
+                write_pairing_request(self._config.pairing_dir, request)
+                approve_pairing(self._config, self._openssl, request, Approval(), secret)
+                return
+            waiting = len(load_pairing_requests(self._config))
+            if waiting >= self._terms.max_queue:
+                raise PairingDenied("the queue is full (%d requests wait)" % waiting)
+            write_pairing_request(self._config.pairing_dir, request)
+        except CtrlExecError as error:
+            LOG.event("pair-reject", REQID=request.reqid, PEER=request.peer, NAME=request.hostname, REASON=error.message)
+            self._answer(request.reqid, {"status": "denied", "reason": error.message})
+            self._remove(request.reqid)
+
+    def _look_for_decision(self, reqid: str) -> None:
+        request = find_pairing_request(self._config.pairing_dir, reqid)
+        if request is None:
+            self._answer(reqid, {"status": "denied", "reason": "the request was removed"})
+        elif request.status == "approved":
+            body = {"status": "approved", "cert": request.certificate, "ca": self._terms.ca, "nonce": request.nonce}
+            body.update(dispatcher_serial=self._terms.dispatcher_serial, dispatcher_id=self._terms.dispatcher_id)
+            if request.answer_proof:
+                body["token_proof"] = request.answer_proof
+            self._answer(reqid, body)
+            self._remove(reqid)
+        elif request.status == "denied":
+            self._answer(reqid, {"status": "denied", "reason": request.reason})
+            self._remove(reqid)
+        elif now() - request.received > self._terms.timeout:
+            LOG.event("pair-timeout", REQID=reqid, NAME=request.hostname)
+            self._answer(reqid, {"status": "denied", "reason": "nobody decided within %d s" % self._terms.timeout})
+            self._remove(reqid)
+
+    def _answer(self, reqid: str, body: dict) -> None:
+        channel = self._channels.get(reqid)
+        if channel is not None:
+            try:
+                channel.settimeout(2)
+                channel.sendall(encode_json(body) + b"\n")
+            except OSError:
+                pass
+            self._finish(reqid)
+
+    def _finish(self, reqid: str) -> None:
+        self._channels.pop(reqid).close()
+
+    def _remove(self, reqid: str) -> None:
+        try:
+            os.unlink(_request_path(self._config.pairing_dir, reqid))
+        except FileNotFoundError:
+            pass
+
+
+def token_directory(config: Config) -> str:
+    return config.default_path(VAR + "/pairing-tokens")
+
+
+def open_desk(config: Config, allow_legacy: bool) -> tuple:
+    """Start pairing mode: (desk, terms, port). Raises TrustError, ConfigError, StorageError."""
+    openssl = OpenSSL()
+    if not os.path.exists(ca_key_path(config.ca)):
+        raise TrustError("%s: no such file" % ca_key_path(config.ca), "ced setup-ca, or pair on the host that has the CA")
+    group = find_service_owner(DISPATCHER_USER)
+    make_directory(config.pairing_dir, 0o770, None if group is None else Owner(0, group.gid))
+    terms = build_terms(config, openssl, new_id(), allow_legacy)
+    context = new_server_context(dispatcher_identity(config), verify_clients=False)
+    listeners = open_listeners((), config.pairing_port)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    port = listeners[0].getsockname()[1]
+    run_pairing_front(listeners, context, terms, config, theirs)
+    for sock in [theirs, *listeners]:
+        sock.close()
+    return PairingDesk(config, openssl, terms, ours), terms, port
+
+
+# --- the agent's half -----------------------------------------------------------------------------------
+
+
+class PairingWish(NamedTuple):
+    """What the operator on the managed host asks for."""
+
+    dispatcher: str
+    port: int
+    hostname: str
+    ip: str
+    lookup_by: str
+    key_type: str
+    token: str
+    allow_legacy: bool
+    ca_fingerprint: str  # what the CA must be; empty: not known
+    replace_ca: bool
+
+
+class PairingSession:
+    """An agent's conversation with pairing-mode, from the offer to the stored certificate."""
+
+    def __init__(self, config: Config, wish: PairingWish, openssl: OpenSSL) -> None:
+        """Connect, send the offer and the commitment, and compute the code. Nothing is stored yet but our key.
+
+        Raises TransportError, PairingDenied, StorageError, ProgramError.
+        """
+        self._config = config
+        self._wish = wish
+        self._openssl = openssl
+        identity = agent_identity(config)
+        for path in (*identity, config.trusted_dispatchers_path):
+            _check_writable(path)
+        new_key_file(openssl, identity.key, wish.key_type)
+        csr = openssl.new_request(identity.key, wish.hostname)
+        self._offer = PairingOffer(
+            wish.hostname, csr, new_id(NONCE_BYTES), config.port, wish.ip, wish.lookup_by, __version__
+        )
+        self._agent_nonce = new_id(NONCE_BYTES)
+        self._token_id, _, self._secret = wish.token.partition(".")
+        self._connection = Connection(wish.dispatcher, wish.port, new_pairing_context(), HANDSHAKE_SECONDS)
+        body = dict(self._offer._asdict(), commit=pairing_commitment(self._agent_nonce, self._offer))
+        if wish.token:
+            body["token_id"] = self._token_id
+        self._lines = self._connection.request_lines("/pair", body, Deadline(MAX_PAIRING_WAIT + 30))
+        self._take_pending(self._next_line())
+
+    def _next_line(self) -> dict:
+        try:
+            return next(self._lines)
+        except StopIteration:
+            raise PairingDenied("the dispatcher ended the exchange without a decision") from None
+        except socket.timeout:
+            raise PairingTimeout("the dispatcher did not decide in time") from None
+        except (OSError, CtrlExecError) as error:
+            raise PairingDenied("the exchange broke off: %s" % error) from error
+
+    def _take_pending(self, pending: dict) -> None:
+        """Step 2: learn who the dispatcher says it is, and what code that makes."""
+        if pending.get("status") != "pending":
+            raise PairingDenied("the dispatcher refused: %s" % one_line(str(pending.get("reason", "no reason given"))[:300]))
+        self.reqid = str(pending.get("reqid", ""))
+        if not REQUEST_ID.fullmatch(self.reqid):
+            raise PairingDenied("the dispatcher's answer has no request id")
+        self.legacy = "dispatcher_nonce" not in pending
+        if self.legacy:
+            if not self._wish.allow_legacy or self._wish.token:
+                hint = "if that is expected: --allow-legacy (and read in the README what the code then does not prove)"
+                raise PairingDenied("the dispatcher does not know the commitment protocol", hint)
+            self.code = legacy_pairing_code(self._offer.csr)
+            return
+        for rest in self._lines:
+            raise PairingDenied("the dispatcher said more than its first answer")
+        texts = [str(pending.get(key, "")) for key in ("dispatcher_nonce", "ca", "dispatcher_id", "dispatcher_serial")]
+        self._secrets = PairingSecrets(self._offer, self._agent_nonce, *texts)
+        try:
+            if len(bytes.fromhex(texts[0])) != NONCE_BYTES or texts[0] == self._agent_nonce:
+                raise ValueError("nonce")
+            if not HOST_NAME.fullmatch(texts[2]) or parse_serial(texts[3]) != texts[3]:
+                raise ValueError("identity")
+            self.ca_fingerprint = fingerprint(decode_pem(texts[1], "CERTIFICATE"))
+            self.code = pairing_code(self._secrets)
+        except ValueError as error:
+            raise PairingDenied("the dispatcher's first answer is malformed (%s)" % error) from error
+        self._check_ca(texts[1])
+
+    def _check_ca(self, ca: str) -> None:
+        """The CA must be the pinned one, and the one this host already belongs to, if any."""
+        pinned = self._wish.ca_fingerprint.replace(":", "").lower()
+        if pinned and not is_same_secret(pinned, self.ca_fingerprint):
+            raise PairingDenied("the CA is not the expected one: its fingerprint is %s" % self.ca_fingerprint)
+        path = self._config.ca
+        if os.path.exists(path) and not self._wish.replace_ca:
+            if fingerprint(read_certificate_der(path)) != self.ca_fingerprint:
+                hint = "to leave that CA and its dispatchers: --replace-ca"
+                raise PairingDenied("this host belongs to another CA (%s)" % path, hint)
+
+    def wait(self, seconds: float) -> dict:
+        """Open the commitment and wait for the decision. Raises PairingTimeout, PairingDenied."""
+        if self.legacy:
+            return self._accept(self._next_line())
+        body = {"reqid": self.reqid, "reveal": self._agent_nonce}
+        if self._secret:
+            body["token_proof"] = token_proof(self._secret, "agent", self._secrets)
+        try:
+            _, decision = self._connection.request("POST", "/pair/reveal", body, Deadline(seconds), keep=True)
+        except TransportError as error:
+            self._connection.close()
+            if error.state == "timeout":
+                raise PairingTimeout("nobody approved request %s within %g s" % (self.reqid, seconds)) from error
+            raise PairingDenied("the exchange broke off: %s" % error.message) from error
+        return self._accept(decision)
+
+    def _accept(self, decision: dict) -> dict:
+        """Check that a decision is for us, from the CA of step 2, and proved. Raises PairingDenied."""
+        if decision.get("status") != "approved":
+            reason = one_line(str(decision.get("reason", "no reason given"))[:300])
+            raise PairingDenied("request %s was denied: %s" % (self.reqid, reason))
+        texts = {key: str(decision.get(key, "")) for key in ("cert", "ca", "nonce", "dispatcher_serial", "dispatcher_id")}
+        try:
+            if not is_same_secret(texts["nonce"], self._offer.nonce):
+                raise ValueError("it is not the answer to our request")
+            if not self.legacy:
+                same = (self._secrets.ca, self._secrets.dispatcher_id, self._secrets.dispatcher_serial)
+                if (texts["ca"], texts["dispatcher_id"], texts["dispatcher_serial"]) != same:
+                    raise ValueError("the CA or the dispatcher is not the one the code stands for")
+            if self._secret:
+                proof = token_proof(self._secret, "dispatcher", self._secrets, texts["cert"])
+                if not is_same_secret(proof, str(decision.get("token_proof", ""))):
+                    raise ValueError("the dispatcher does not know the token")
+            texts["dispatcher_serial"] = parse_serial(texts["dispatcher_serial"])
+            texts["dispatcher_id"] = texts["dispatcher_id"] or self._wish.dispatcher
+            if not HOST_NAME.fullmatch(texts["dispatcher_id"]):
+                raise ValueError("its dispatcher id is malformed")
+        except ValueError as error:
+            raise PairingDenied("the decision is not believed: %s" % error) from error
+        return texts
+
+    def store(self, decision: dict) -> CertInfo:
+        """Put certificate, CA and trust in place, each whole, and say so. Raises PairingDenied, StorageError.
+
+        The certificate comes last: without it the host is simply not paired, and can ask again.
+        """
+        config = self._config
+        try:
+            ca_pem, pem = decision["ca"].encode("ascii"), decision["cert"].encode("ascii")
+            self._openssl.check_chain(pem, ca_pem, "sslserver")
+            self._openssl.check_key_match(pem, config.key)
+            info = self._openssl.parse_certificate(pem)
+        except (TrustError, ProgramError, UnicodeEncodeError) as error:
+            raise PairingDenied("the certificate is not believed: %s" % error) from error
+        write_atomic(config.ca, ca_pem, mode=0o644, durable=True)
+        add_trusted(config.trusted_dispatchers_path, decision["dispatcher_serial"], decision["dispatcher_id"])
+        write_atomic(config.cert, pem, mode=0o644, durable=True)
+        if not self.legacy:
+            try:
+                self._connection.request("POST", "/pair/stored", {"reqid": self.reqid}, Deadline(5))
+            except TransportError:  # it only wanted to know
+                pass
+        self._connection.close()
+        return info
+
+    def keep_only(self, others: list) -> None:
+        """Close every descriptor but the connection's, the standard ones, and `others`."""
+        close_descriptors([self._connection.descriptor(), *others])
+
+
+def _check_writable(path: str) -> None:
+    """Raise StorageError now, rather than when the certificate has been issued."""
+    directory = os.path.dirname(path)
+    make_directory(directory, 0o755)
+    probe = os.path.join(directory, ".tmp-" + new_id())
+    write_atomic(probe, b"", mode=0o600)
+    os.unlink(probe)
+
+
+class PairingState(NamedTuple):
+    """Where an agent's pairing request stands, for `pairing-status` after `--background`."""
+
+    reqid: str
+    dispatcher: str
+    code: str
+    status: str  # waiting, stored, denied, timed out
+    reason: str = ""
+    pid: int = 0
+
+
+def write_pairing_state(config: Config, state: PairingState) -> None:
+    directory = config.default_path(AGENT_VAR + "/pairing")
+    make_directory(directory, 0o700)
+    write_atomic(os.path.join(directory, state.reqid + ".json"), encode_state(state._asdict()), mode=0o600)
+
+
+def load_pairing_states(config: Config) -> list:
+    """The pairing requests this host has made, newest first."""
+    directory = config.default_path(AGENT_VAR + "/pairing")
+    if not os.path.isdir(directory):
+        return []
+    states = []
+    for entry in sorted(os.scandir(directory), key=lambda entry: -entry.stat().st_mtime):
+        if entry.name.endswith(".json") and not entry.name.startswith("."):
+            try:
+                states.append(PairingState(**read_json_file(entry.path)))
+            except (StorageError, TypeError) as error:
+                LOG.event("config-warn", MESSAGE="%s: %s" % (entry.path, error))
+    return states
+
+
+# ======================================================================================================
+# 16. DISPATCH
+# Owns:  work on many hosts: one fan-out, and what `ping`, `run` and `discovery` make of it; changes to the
+#        registry that an operator asks for; the checks of the control host.
+# Uses:  HEAD, ERRORS, GROUND, SETTINGS, OPENSSL, TRUST, WIRE, CLIENT, POLICY, REGISTRY, PAIRING
+# ======================================================================================================
+
+
+class HostResult(NamedTuple):
+    """How one host ended. Every selected host gets exactly one of these."""
+
+    host: str
+    state: str  # ok, failed, refused, busy, timeout, unreachable, unknown
+    reqid: str
+    rtt: float = 0.0  # seconds
+    error: str = ""
+    hint: str = ""
+    answer: dict = {}  # what the agent said, checked
+
+
+STATES = ("ok", "failed", "refused", "busy", "timeout", "unreachable", "unknown")
+
+
+def fan_out(agents: list, work: Callable, parallel: int) -> Iterator[HostResult]:
+    """`work(agent)` for every agent on at most `parallel` threads; results as they come.
+
+    When the caller stops listening (Ctrl-C), no further host is begun.
+    """
+    import queue
+
+    results: Any = queue.SimpleQueue()
+    waiting = iter(agents)
+    guard = threading.Lock()
+    stopped = threading.Event()
+
+    def labour() -> None:
+        while not stopped.is_set():
+            with guard:
+                agent = next(waiting, None)
+            if agent is None:
+                return
+            results.put(work(agent))
+
+    try:
+        for _ in range(min(parallel, len(agents))):
+            threading.Thread(target=labour, daemon=True).start()
+        for _ in agents:
+            yield results.get()
+    finally:
+        stopped.set()
+
+
+class _Malformed(Exception):
+    """An agent's answer lacks a field or has the wrong type in it."""
+
+
+def _expect(answer: dict, fields: dict) -> dict:
+    for name, kind in fields.items():
+        if type(answer.get(name)) is not kind:
+            raise _Malformed("the agent's answer has no valid `%s`" % name)
+    return answer
+
+
+_RUN_ANSWER = {"exit": int, "stdout": str, "stderr": str}
+_PING_ANSWER = {"status": str, "host": str, "version": str, "expiry": str}
+_CAPABILITIES_ANSWER = {"status": str, "host": str, "version": str, "scripts": list}
+
+
+def _judge_run(status: int, answer: dict) -> tuple:
+    """(state, error) of an answer to /run."""
+    error = answer.get("error", "")
+    if status == 409:
+        return "busy", str(error or "busy")
+    if status != 200:
+        return ("refused" if status < 500 else "failed"), str(error or "the agent answered %d" % status)
+    _expect(answer, _RUN_ANSWER)
+    if answer["exit"] == 0:
+        return "ok", ""
+    if answer["exit"] == -1:
+        return "refused", str(error or "the agent refused")
+    return "failed", str(error)
+
+
+class RunRequest(NamedTuple):
+    """What to run, for whom."""
+
+    script: str
+    args: tuple
+    reqid: str
+    username: str
+    token: str = ""
+    timeout: int = 0  # seconds the script may take; 0: as the agent's files say
+
+
+def check_run_request(request: RunRequest) -> None:
+    """Raise UsageError for what no agent would take, before anything is asked or sent."""
+    if not SCRIPT_NAME.fullmatch(request.script):
+        shown = one_line(request.script[:80])
+        raise UsageError("`%s` is not a script name (letters, digits, _ and -, at most %d)" % (shown, MAX_SCRIPT_NAME))
+    for number, argument in enumerate(request.args, 1):
+        try:
+            argument.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UsageError("argument %d is not UTF-8" % number, "pass it encoded, for instance as base64") from None
+        if "\0" in argument:
+            raise UsageError("argument %d has a NUL byte" % number)
+    if len(encode_json({"args": request.args})) > MAX_BODY - 16384:
+        raise UsageError("the arguments are larger than a request may be (%d bytes)" % (MAX_BODY - 16384))
+
+
+class Dispatcher:
+    """The control host's operations. It keeps nothing between calls but the files that it works on."""
+
+    def __init__(self, config: Config) -> None:
+        """Raises TrustError when the dispatcher's own identity cannot be used."""
+        self._config = config
+        self._context = new_client_context(dispatcher_identity(config))
+        self._revoked = load_revoked(config.revoked_serials)
+        hook = find_hook(
+            config.auth_hook, config.default_path(ETC + "/auth-hook"), config.auth_hook_timeout, config.auth_deny_generic
+        )
+        self._hook = hook
+
+    def select(self, selection: Selection) -> list:
+        return select_agents(self._config.registry_dir, selection)
+
+    def authorise(self, context: HookContext) -> None:
+        """Ask the hook, if there is one. Raises Denied."""
+        if self._hook is not None:
+            serial = OpenSSL().read_certificate(self._config.cert).serial
+            self._hook.decide(context._replace(dispatcher=self._config.dispatcher_id, dispatcher_serial=serial))
+
+    def _call(self, agent: Agent, reqid: str, method: str, path: str, body: Optional[dict], judge: Callable) -> HostResult:
+        """One request to one host, whatever happens, as a result."""
+        began = time.monotonic()
+        config = self._config
+        answer: dict = {}
+        hint = ""
+        try:
+            status, answer = call_agent(
+                build_target(agent), self._context, self._revoked, method, path, body,
+                config.connect_timeout, config.read_timeout,
+            )  # fmt: skip
+            state, error = judge(status, answer)
+        except TransportError as problem:
+            state, error, hint = problem.state, problem.message, problem.hint
+        except _Malformed as problem:
+            state, error = "unknown", str(problem)
+        except Exception as problem:
+            log_bug(problem, REQID=reqid, HOST=agent.name)
+            state, error = "unknown", "internal error; see the log"
+        return HostResult(agent.name, state, reqid, time.monotonic() - began, error, hint, answer)
+
+    def _each(self, agents: list, action: str, work: Callable) -> Iterator[HostResult]:
+        for result in fan_out(agents, work, self._config.max_parallel):
+            fields = {"REQID": result.reqid, "HOST": result.host, "STATE": result.state}
+            if result.error:
+                fields["ERROR"] = result.error
+            LOG.event(action, RTT="%dms" % (result.rtt * 1000), **fields)
+            yield result
+
+    def ping(self, agents: list, reqid: str) -> Iterator[HostResult]:
+        """Ask every agent whether it is there."""
+
+        def judge(status: int, answer: dict) -> tuple:
+            if status != 200:
+                return "refused", str(answer.get("error", "the agent answered %d" % status))
+            _expect(answer, _PING_ANSWER)
+            return "ok", ""
+
+        return self._each(
+            agents, "ping", lambda agent: self._call(agent, reqid, "POST", "/ping", {"reqid": reqid}, judge)
+        )
+
+    def discover(self, agents: list, reqid: str) -> Iterator[HostResult]:
+        """Ask every agent what it offers, and keep its tags in the registry."""
+
+        def judge(status: int, answer: dict) -> tuple:
+            if status != 200:
+                return "refused", str(answer.get("error", "the agent answered %d" % status))
+            _expect(answer, _CAPABILITIES_ANSWER)
+            for entry in answer["scripts"]:
+                if type(entry) is not dict or not SCRIPT_NAME.fullmatch(str(entry.get("name"))):
+                    raise _Malformed("the agent's answer lists a script without a valid name")
+            return "ok", ""
+
+        def work(agent: Agent) -> HostResult:
+            return self._call(agent, reqid, "GET", "/capabilities", None, judge)
+
+        for result in self._each(agents, "discovery", work):
+            tags = result.answer.get("tags")
+            if result.state == "ok" and isinstance(tags, dict):
+                self._keep_tags(result.host, {str(key): str(value) for key, value in tags.items()})
+            yield result
+
+    def _keep_tags(self, name: str, tags: dict) -> None:
+        directory = self._config.registry_dir
+        agent = find_agent(directory, name)
+        if agent is None or agent.tags == tags:
+            return
+        with registry_lock(directory):
+            agent = find_agent(directory, name)
+            if agent is not None:
+                save_agent(directory, agent._replace(tags=tags))
+
+    def run(self, agents: list, request: RunRequest) -> Iterator[HostResult]:
+        """Run a script on every agent, under the locks of all host:script pairs until the last result.
+
+        Raises Locked on the first step, before anything is sent.
+        """
+        check_run_request(request)
+        body = {"script": request.script, "args": list(request.args), "reqid": request.reqid}
+        body.update(username=request.username, token=request.token)
+        if request.timeout:
+            body["timeout"] = request.timeout
+
+        def work(agent: Agent) -> HostResult:
+            result = self._call(agent, request.reqid, "POST", "/run", body, _judge_run)
+            if result.state in ("timeout", "unknown"):
+                hint = "the script may still run there; its result is kept on the host under request id " + result.reqid
+                result = result._replace(hint=hint)
+            return result
+
+        make_directory(self._config.lock_dir, 0o770)
+        with HostLocks(self._config.lock_dir, [agent.name for agent in agents], request.script, request.reqid):
+            LOG.event("dispatch", REQID=request.reqid, SCRIPT=request.script, HOSTS=len(agents), USERNAME=request.username)
+            yield from self._each(agents, "run", work)
+
+
+# --- changes to the registry ----------------------------------------------------------------------------
+
+
+def unpair_agent(config: Config, name: str) -> Agent:
+    """Refuse an agent from now on: its certificate is revoked here, and its entry removed."""
+    with registry_lock(config.registry_dir):
+        agent = get_agent(config.registry_dir, name)
+        if agent.serial:
+            add_revoked(config.revoked_serials, [parse_serial(agent.serial)], "unpaired: %s" % name)
+        remove_agent(config.registry_dir, name)
+    LOG.event("unpair", NAME=name, SERIAL=agent.serial)
+    return agent
+
+
+class AgentEdit(NamedTuple):
+    """What to change about an agent; empty means as it is."""
+
+    rename: str = ""
+    ip: str = ""
+    port: int = 0
+    lookup_by: str = ""
+
+
+def edit_agent(config: Config, name: str, edit: AgentEdit) -> Agent:
+    """Change where an agent is, or what it is called here. Its certificate's name stays in its record."""
+    if edit.rename and not HOST_NAME.fullmatch(edit.rename):
+        raise UsageError("%s is not a host name" % one_line(edit.rename))
+    if edit.ip:
+        try:
+            parse_addresses(edit.ip)
+        except ValueError:
+            raise UsageError("%s is not an IP address" % one_line(edit.ip)) from None
+    with registry_lock(config.registry_dir):
+        agent = get_agent(config.registry_dir, name)
+        changed = agent._replace(
+            name=edit.rename or agent.name, ip=edit.ip or agent.ip, port=edit.port or agent.port,
+            lookup_by=edit.lookup_by or agent.lookup_by,
+        )  # fmt: skip
+        if changed.name != agent.name:
+            if changed.name.lower() != agent.name.lower():
+                check_free_name(config.registry_dir, changed.name)
+            save_agent(config.registry_dir, changed)
+            remove_agent(config.registry_dir, agent.name)
+        else:
+            save_agent(config.registry_dir, changed)
+    LOG.event("edit-agent", NAME=name, RENAME=edit.rename, IP=edit.ip, PORT=edit.port, LOOKUP_BY=edit.lookup_by)
+    return changed
+
+
+# --- checks of the control host -------------------------------------------------------------------------
+
+
+def check_dispatcher(config: Config) -> list:
+    """Everything the dispatcher depends on, one Finding each."""
+    findings = [Finding("WARN", warning) for warning in config.warnings]
+    findings.append(Finding("OK", "configuration %s" % config.path))
+    openssl, identity = OpenSSL(), dispatcher_identity(config)
+    ca = try_check(findings, "CA certificate %s" % config.ca, lambda: openssl.read_certificate(config.ca))
+    if ca is not None:
+        findings.append(check_expiry(config.ca, ca))
+        if os.path.exists(ca_key_path(config.ca)):
+            try_check(findings, "CA key %s" % ca_key_path(config.ca), lambda: check_key_mode(ca_key_path(config.ca)))
+        else:
+            findings.append(Finding("WARN", "no CA key here: this host can run scripts, but pair nobody"))
+    own = try_check(findings, "identity %s" % identity.cert, lambda: check_identity(openssl, identity, "sslclient"))
+    if own is not None:
+        findings.append(check_expiry(identity.cert, own))
+    revoked = try_check(findings, "revocation list", lambda: load_revoked(config.revoked_serials))
+    hook = find_hook(config.auth_hook, config.default_path(ETC + "/auth-hook"), config.auth_hook_timeout)
+    if hook is not None:
+        try_check(findings, "auth hook %s" % hook.path, lambda: check_hook(hook))
+    registry = try_check(findings, "registry %s" % config.registry_dir, lambda: load_agents(config.registry_dir))
+    if registry is not None:
+        agents, problems = registry
+        findings += [Finding("FAIL", problem, "mend it, or pair the host again") for problem in problems]
+        for agent in agents:
+            findings += _check_registered(agent, revoked or frozenset())
+    return findings
+
+
+def days_left(expiry: str) -> Optional[int]:
+    """Whole days until an ISO 8601 time, or None when it cannot be read."""
+    import calendar
+
+    try:
+        return int((calendar.timegm(time.strptime(expiry, "%Y-%m-%dT%H:%M:%SZ")) - now()) // 86400)
+    except ValueError:
+        return None
+
+
+def _check_registered(agent: Agent, revoked: frozenset) -> Iterator[Finding]:
+    days = days_left(agent.expiry)
+    if agent.serial in revoked:
+        yield Finding("FAIL", "%s: its certificate is revoked" % agent.name, "ced unpair %s, and pair it again" % agent.name)
+    if days is not None and days < 0:
+        yield Finding("FAIL", "%s: its certificate has expired" % agent.name, "pair it again: approve --replace")
+    elif days is not None and days < 30:
+        yield Finding("WARN", "%s: its certificate expires in %d days" % (agent.name, days))
+
+
+# ======================================================================================================
+# 18. CLI
+# Owns:  verbs and their options as a table; text, tables and JSON; the prompt of pairing mode; the demo.
+#        The only section that prints.
+# Uses:  HEAD, ERRORS, GROUND, SETTINGS, OPENSSL, TRUST, POLICY, SERVER, AGENT, REGISTRY, PAIRING, DISPATCH
+# ======================================================================================================
+
+
+def say(text: str) -> None:
+    """One line to standard output, as UTF-8 whatever the locale says."""
+    _write_out((text + "\n").encode("utf-8", "backslashreplace"))
+
+
+def _write_out(data: bytes) -> None:
+    sys.stdout.buffer.write(data)
+    sys.stdout.flush()
+
+
+def _warn(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def _say_json(value: dict) -> None:
+    _write_out(encode_json(value) + b"\n")
+
+
+def _paint(text: str, colour: str) -> str:
+    """Colour on a terminal that wants it (https://no-color.org), plain text everywhere else."""
+    codes = {"red": "31", "green": "32", "yellow": "33", "bold": "1"}
+    if colour and sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb":
+        return "\033[%sm%s\033[0m" % (codes[colour], text)
+    return text
+
+
+def _render_table(headings: tuple, rows: list, colours: Optional[dict] = None) -> str:
+    """A heading line, a rule, then the rows. `colours`: (row, column) to colour."""
+    cells = [[one_line(str(cell)) for cell in row] for row in rows]
+    widths = [max(len(line[column]) for line in [list(headings), *cells]) for column in range(len(headings))]
+    lines = ["  ".join(heading.ljust(width) for heading, width in zip(headings, widths)).rstrip()]
+    lines.append("  ".join("-" * width for width in widths))
+    for number, row in enumerate(cells):
+        padded = [cell.ljust(width) for cell, width in zip(row, widths)]
+        painted = [_paint(cell, (colours or {}).get((number, column), "")) for column, cell in enumerate(padded)]
+        lines.append("  ".join(painted).rstrip())
+    return "\n".join(lines)
+
+
+def _render_days(expiry: str) -> tuple:
+    """Days left as text, and the colour it deserves."""
+    days = days_left(expiry)
+    if days is None:
+        return "-", ""
+    return ("expired" if days < 0 else "%dd" % days), ("red" if days < 14 else "yellow" if days < 30 else "")
+
+
+def _milliseconds(seconds: float) -> str:
+    return "%dms" % round(seconds * 1000)
+
+
+def _report_findings(findings: list, as_json: bool) -> int:
+    failed = any(finding.level == "FAIL" for finding in findings)
+    if as_json:
+        _say_json({"ok": not failed, "findings": [finding._asdict() for finding in findings]})
+        return int(failed)
+    colours = {"OK": "green", "WARN": "yellow", "FAIL": "red"}
+    for finding in findings:
+        hint = "  (%s)" % finding.hint if finding.hint and finding.level != "OK" else ""
+        say("%s  %s%s" % (_paint(finding.level.ljust(4), colours[finding.level]), one_line(finding.what), hint))
+    return int(failed)
+
+
+# --- dispatcher: set-up and registry --------------------------------------------------------------------
+
+
+def cmd_setup_ca(args: Any, config: Config) -> int:
+    info = new_ca(OpenSSL(), config.ca, config.key_type, args.name or "ctrl-exec CA of " + config.dispatcher_id[:40])
+    der = read_certificate_der(config.ca)
+    say("CA made: %s, valid until %s" % (config.ca, iso_time(info.not_after)))
+    say("its key: %s (keep it here, and keep a copy in a safe)" % ca_key_path(config.ca))
+    say("fingerprint: %s" % fingerprint(der))
+    return 0
+
+
+def cmd_setup_ctrl_exec(args: Any, config: Config) -> int:
+    if not os.path.exists(config.ca):
+        raise TrustError("%s: no such file" % config.ca, "first: ced setup-ca")
+    identity = dispatcher_identity(config)
+    info = new_dispatcher_identity(OpenSSL(), identity, config.dispatcher_id, config.key_type, config.cert_days)
+    group = find_service_owner(DISPATCHER_USER)
+    for path, mode in ((config.registry_dir, 0o750), (config.lock_dir, 0o770), (config.runs_dir, 0o750), (config.pairing_dir, 0o770)):
+        make_directory(path, mode, None if group is None else Owner(0, group.gid))
+    say("dispatcher %s: certificate %s" % (config.dispatcher_id, identity.cert))
+    say("serial %s, valid until %s" % (info.serial, iso_time(info.not_after)))
+    say("next: `ced pairing-mode` here, and `cea request-pairing --dispatcher THIS-HOST` on each host")
+    return 0
+
+
+def cmd_list_agents(args: Any, config: Config) -> int:
+    agents, problems = load_agents(config.registry_dir)
+    tags = _parse_tags(args.tags)
+    agents = [agent for agent in agents if all(str(agent.tags.get(key)) == value for key, value in tags.items())]
+    for problem in problems:
+        _warn("ced: " + problem)
+    if args.json:
+        shown = []
+        for agent in agents:
+            entry = {key: value for key, value in agent._asdict().items() if key != "extra"}
+            shown.append(dict(entry, days_left=days_left(agent.expiry)))
+        _say_json({"ok": not problems, "agents": shown})
+        return int(bool(problems))
+    rows, colours = [], {}
+    for number, agent in enumerate(agents):
+        days, colours[(number, 3)] = _render_days(agent.expiry)
+        labels = ",".join("%s=%s" % pair for pair in sorted(agent.tags.items()))
+        rows.append((agent.name, agent.address(), agent.port, days, agent.paired, labels))
+    say(_render_table(("NAME", "ADDRESS", "PORT", "EXPIRES", "PAIRED", "TAGS"), rows, colours))
+    return int(bool(problems))
+
+
+def cmd_edit_agent(args: Any, config: Config) -> int:
+    edit = AgentEdit(args.rename or "", args.ip or "", args.agent_port or 0, args.lookup_by or "")
+    if edit == AgentEdit():
+        raise UsageError("nothing to change", "give --rename, --ip, --agent-port or --lookup-by")
+    agent = edit_agent(config, args.name, edit)
+    say("%s: %s port %d (certificate name %s)" % (agent.name, agent.address(), agent.port, agent.cert_name))
+    return 0
+
+
+def cmd_unpair(args: Any, config: Config) -> int:
+    agent = unpair_agent(config, args.name)
+    if agent.serial:
+        say("%s is unpaired; its certificate %s is refused from now on" % (agent.name, agent.serial))
+    else:
+        _warn("ced: the registry knows no serial of %s, so its certificate could not be revoked" % agent.name)
+    say("it still trusts this dispatcher until its agent is stopped or removed there")
+    return 0
+
+
+def cmd_check(args: Any, config: Config) -> int:
+    return _report_findings(check_dispatcher(config), args.json)
+
+
+def cmd_list_locks(args: Any, config: Config) -> int:
+    locks = list_locks(config.lock_dir)
+    if args.json:
+        _say_json({"ok": True, "locks": locks})
+        return 0
+    keys = ("host", "script", "reqid", "pid", "since")
+    say(_render_table(tuple(key.upper() for key in keys), [tuple(lock.get(key, "-") for key in keys) for lock in locks]))
+    return 0
+
+
+# --- dispatcher: pairing --------------------------------------------------------------------------------
+
+
+def _spaced(code: str) -> str:
+    return code[:3] + " " + code[3:]
+
+
+def _describe_request(terms: PairingTerms, request: PairingRequest) -> str:
+    legacy = "  (legacy: the code proves little)" if request.legacy else ""
+    return "%s  %s  from %s  code %s%s" % (
+        request.reqid, request.hostname, request.peer, _spaced(request_code(terms, request)), legacy
+    )  # fmt: skip
+
+
+def cmd_list_requests(args: Any, config: Config) -> int:
+    requests = load_pairing_requests(config)
+    terms = build_terms(config, OpenSSL(), "")
+    if args.json:
+        shown = [
+            {"id": request.reqid, "hostname": request.hostname, "peer": request.peer, "port": request.port,
+             "code": request_code(terms, request), "received": iso_time(request.received), "legacy": request.legacy}
+            for request in requests
+        ]  # fmt: skip
+        _say_json({"ok": True, "requests": shown})
+        return 0
+    rows = [
+        (request.reqid, request.hostname, request.peer, request.port or AGENT_PORT,
+         _spaced(request_code(terms, request)), "%ds" % (now() - request.received))
+        for request in requests
+    ]  # fmt: skip
+    say(_render_table(("ID", "NAME", "FROM", "PORT", "CODE", "WAITS"), rows))
+    return 0
+
+
+def cmd_approve(args: Any, config: Config) -> int:
+    openssl = OpenSSL()
+    request = get_pairing_request(config, args.id)
+    approval = Approval(args.name or "", args.ip or "", args.agent_port or 0, args.lookup_by or "", args.replace)
+    agent = approve_pairing(config, openssl, request, approval)
+    code = request_code(build_terms(config, openssl, ""), request)
+    say("approved: %s at %s port %d, code %s" % (agent.name, agent.address(), agent.port, _spaced(code)))
+    return 0
+
+
+def cmd_deny(args: Any, config: Config) -> int:
+    request = get_pairing_request(config, args.id)
+    deny_pairing(config, request, "denied by the operator")
+    say("denied: %s" % request.hostname)
+    return 0
+
+
+def cmd_pairing_token(args: Any, config: Config) -> int:
+    pattern = args.name or ""
+    if pattern and not HOST_NAME.fullmatch(pattern.replace("*", "x")):
+        raise UsageError("%s is not a host name or a pattern with *" % one_line(pattern))
+    token = new_token(token_directory(config), args.ttl, args.uses, pattern)
+    if args.json:
+        _say_json({"ok": True, "token": token, "ttl": args.ttl, "uses": args.uses, "name": pattern})
+        return 0
+    say(token)
+    _warn("valid for %d s and %d use%s, while `ced pairing-mode` runs" % (args.ttl, args.uses, "" if args.uses == 1 else "s"))
+    return 0
+
+
+class _PairingPrompt:
+    """The operator's side of pairing mode: shows what waits, takes `a`, `d2`, `list`, `quit`."""
+
+    def __init__(self, config: Config, desk: PairingDesk, terms: PairingTerms) -> None:
+        self._config = config
+        self._desk = desk
+        self._terms = terms
+        self._openssl = OpenSSL()
+        self._shown: list = []  # PairingRequests, in the order of their numbers
+        self._input = b""
+
+    def run(self) -> None:
+        """Until `quit`, SIGINT or SIGTERM. Without input (a service, a script) it only keeps the port open."""
+        descriptors = [] if sys.stdin is None else [sys.stdin.fileno()]
+        while True:
+            try:
+                ready = select.select(descriptors + self._desk.descriptors(), [], [], 0.2)[0]
+            except OSError:  # the terminal is gone
+                descriptors, ready = [], []
+            self._desk.turn()
+            self._show_new()
+            if descriptors and descriptors[0] in ready:
+                data = os.read(descriptors[0], 4096)
+                if not data:
+                    descriptors = []
+                self._input += data
+                *lines, self._input = self._input.split(b"\n")
+                for line in lines:
+                    if self._obey(line.decode("utf-8", "replace").strip()) == "quit":
+                        return
+
+    def _show_new(self) -> None:
+        waiting = load_pairing_requests(self._config)
+        new = [request for request in waiting if request not in self._shown]
+        gone = [request for request in self._shown if request not in waiting]
+        self._shown = waiting
+        for request in new:
+            say("\nrequest  " + _describe_request(self._terms, request))
+            known = find_agent(self._config.registry_dir, request.hostname)
+            if known is not None:
+                say("  the name is taken: ced approve %s --replace, or --name OTHER" % request.reqid)
+        if new or gone:
+            self._show_choices()
+
+    def _show_choices(self) -> None:
+        if len(self._shown) == 1:
+            say("  compare the code with the agent's, then: [a]pprove, [d]eny, [s]kip")
+        elif self._shown:
+            for number, request in enumerate(self._shown, 1):
+                say("  %d  %s" % (number, _describe_request(self._terms, request)))
+            say("  compare the codes with the agents', then: a1, d2, ...; list, quit")
+
+    def _obey(self, line: str) -> str:
+        hit = re.fullmatch(r"([ads])\s*([0-9]{0,3})", line)
+        if line in ("quit", "q", "exit"):
+            return "quit"
+        if line in ("list", "l"):
+            self._show_choices() if self._shown else say("  nothing waits")
+        elif hit and not self._shown:
+            say("  nothing waits")
+        elif hit and not hit[2] and len(self._shown) > 1:
+            say("  which? a1 to a%d, d1 to d%d" % (len(self._shown), len(self._shown)))
+        elif hit and 1 <= int(hit[2] or 1) <= len(self._shown):
+            self._decide(hit[1], self._shown[int(hit[2] or 1) - 1])
+        elif line:
+            say("  a, d, s (with a number when several wait), list, quit")
+        return ""
+
+    def _decide(self, choice: str, request: PairingRequest) -> None:
+        try:
+            if choice == "a":
+                agent = approve_pairing(self._config, self._openssl, request, Approval())
+                say("  approved: %s at %s port %d" % (agent.name, agent.address(), agent.port))
+            elif choice == "d":
+                deny_pairing(self._config, request, "denied by the operator")
+                say("  denied: %s" % request.hostname)
+        except CtrlExecError as error:
+            say("  %s%s" % (error.message, " (%s)" % error.hint if error.hint else ""))
+
+
+def cmd_pairing_mode(args: Any, config: Config) -> int:
+    desk, terms, port = open_desk(config, args.allow_legacy)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    LOG.event("pairing-mode-start", PORT=port, LEGACY=args.allow_legacy)
+    say("pairing mode on port %d; CA fingerprint %s" % (port, fingerprint(read_certificate_der(config.ca))))
+    if args.allow_legacy:
+        say("warning: older agents are served. Their code is a hash of their request alone: somebody in the middle can"
+             " find another request with the same code in a second. Use it on a network you trust.")  # fmt: skip
+    say("on each host: cea request-pairing --dispatcher THIS-HOST     (here: quit or Ctrl-C to stop)")
+    try:
+        _PairingPrompt(config, desk, terms).run()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        desk.close()
+        LOG.event("pairing-mode-stop")
+    return 0
+
+
+# --- dispatcher: hosts ----------------------------------------------------------------------------------
+
+
+def _parse_tags(texts: Optional[list]) -> dict:
+    tags = {}
+    for text in texts or []:
+        for part in text.split(","):
+            key, equals, value = part.partition("=")
+            if not equals or not TAG_NAME.fullmatch(key):
+                raise UsageError("`%s` is not a tag: expected KEY=VALUE" % one_line(part))
+            tags[key] = value
+    return tags
+
+
+def _read_host_file(path: str) -> list:
+    """Host words from a file, or from standard input for `-`: one or more a line, # begins a comment."""
+    try:
+        text = sys.stdin.read(MAX_STATE_FILE) if path == "-" else read_text(os.path.abspath(path))
+    except FileNotFoundError:
+        raise UsageError("%s: no such file" % path) from None
+    words = [word for line in text.splitlines() for word in line.partition("#")[0].split()]
+    if not words:
+        raise UsageError("%s names no host" % ("standard input" if path == "-" else path))
+    return words
+
+
+def _build_selection(args: Any, words: list) -> Selection:
+    hosts: list = []
+    for word in words:
+        hosts += _read_host_file("-") if word == "-" else [word]
+    for path in args.file or []:
+        hosts += _read_host_file(path)
+    tags = _parse_tags(args.tags)
+    if args.all and hosts:
+        raise UsageError("--all and named hosts do not go together")
+    if not (args.all or hosts or tags):
+        raise UsageError("no host is named", "HOST..., --all, --tags KEY=VALUE, -f FILE, or - for standard input")
+    return Selection(tuple(hosts), args.all, tags, args.port or 0)
+
+
+def _user_name() -> str:
+    """Who sits at the keyboard, for hooks and logs: not a proof of anything."""
+    import pwd
+
+    try:
+        return os.environ.get("SUDO_USER") or pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
+
+
+def _find_token(args: Any) -> str:
+    if args.token:
+        _warn("ced: a token on the command line is visible to everybody on this host; use ENVEXEC_TOKEN")
+        return args.token
+    return os.environ.get("ENVEXEC_TOKEN", "")
+
+
+def _open_dispatch(options: Any, config: Config, words: list, action: str, **details: Any) -> tuple:
+    """What every verb for hosts begins with: dispatcher, hosts, the hook's consent. (dispatcher, agents, context)"""
+    dispatcher = Dispatcher(config)
+    agents = dispatcher.select(_build_selection(options, words))
+    names = tuple(agent.name for agent in agents)
+    context = HookContext(
+        action, new_id(), hosts=names, username=options.username or _user_name(), token=_find_token(options),
+        source_ip="127.0.0.1", **details,
+    )  # fmt: skip
+    dispatcher.authorise(context)
+    return dispatcher, agents, context
+
+
+def cmd_ping(args: Any, config: Config) -> int:
+    dispatcher, agents, context = _open_dispatch(args, config, args.hosts, "ping")
+    results = sorted(dispatcher.ping(agents, context.reqid), key=lambda result: result.host)
+    failed = any(result.state != "ok" for result in results)
+    if args.json:
+        shown = []
+        for result in results:
+            entry = {"host": result.host, "status": result.state, "rtt": _milliseconds(result.rtt), "reqid": result.reqid}
+            if result.state == "ok":
+                entry.update({key: result.answer[key] for key in ("expiry", "version")})
+            if result.error:
+                entry["error"] = result.error
+            shown.append(entry)
+        _say_json({"ok": True, "reqid": context.reqid, "results": shown})
+        return int(failed)
+    rows, colours = [], {}
+    for number, result in enumerate(results):
+        days, colours[(number, 3)] = _render_days(str(result.answer.get("expiry", "")))
+        colours[(number, 1)] = "green" if result.state == "ok" else "red"
+        detail = result.error + (" (%s)" % result.hint if result.hint else "")
+        rows.append((result.host, result.state, _milliseconds(result.rtt), days, result.answer.get("version", "-"), detail))
+    say(_render_table(("NAME", "STATUS", "RTT", "EXPIRES", "VERSION", "ERROR"), rows, colours))
+    return int(failed)
+
+
+def _exact_output(answer: dict, stream: str) -> bytes:
+    """A stream as the script wrote it; on a terminal, without what could steer it."""
+    text = answer.get(stream, "")
+    if sys.stdout.isatty():
+        return printable(text).encode("utf-8", "backslashreplace")
+    encoded = answer.get(stream + "_base64")
+    if isinstance(encoded, str):
+        import base64
+
+        try:
+            return base64.b64decode(encoded, validate=True)
+        except ValueError:
+            pass
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _render_block(result: HostResult) -> bytes:
+    """One host's block of `run`."""
+    answer = result.answer if isinstance(result.answer.get("exit"), int) else {}
+    state = _paint("OK", "green") if result.state == "ok" else _paint("FAIL", "red")
+    facts = (result.host, state, answer.get("exit", -1), _milliseconds(result.rtt), result.reqid)
+    block = ("==> %s  [%s  exit:%d  %s  req:%s]\n" % facts).encode("utf-8")
+    notes = []
+    if result.error:
+        notes.append("%s: %s" % (result.state, result.error) + (" (%s)" % result.hint if result.hint else ""))
+    if answer.get("timed_out"):
+        notes.append("the script's time limit ended it")
+    elif answer.get("signal"):
+        notes.append("ended by %s" % answer["signal"])
+    for stream in ("stdout", "stderr"):
+        if answer.get(stream + "_truncated"):
+            notes.append("%s bytes of %s were dropped (max_output)" % (answer[stream + "_truncated"], stream))
+    block += b"".join(one_line(note).encode("utf-8", "backslashreplace") + b"\n" for note in notes)
+    for stream in ("stdout", "stderr"):
+        output = _exact_output(answer, stream)
+        block += output + (b"\n" if output and not output.endswith(b"\n") else b"")
+    return block
+
+
+def _run_entry(result: HostResult, script: str) -> dict:
+    """One host of `run --json`."""
+    answer = result.answer
+    known = type(answer.get("exit")) is int
+    entry = {"host": result.host, "script": script, "exit": answer["exit"] if known else -1}
+    entry.update({stream: answer.get(stream, "") if known else "" for stream in ("stdout", "stderr")})
+    entry.update(rtt=_milliseconds(result.rtt), reqid=result.reqid, state=result.state)
+    for key in ("signal", "timed_out", "stdout_truncated", "stderr_truncated", "stdout_base64", "stderr_base64"):
+        if known and key in answer:
+            entry[key] = answer[key]
+    if result.error:
+        entry["error"] = result.error
+    return entry
+
+
+def cmd_run(args: Any, config: Config) -> int:
+    if not args.hosts:
+        raise UsageError("no script is named", "ced run HOST... SCRIPT [-- ARG...]")
+    *words, script = args.hosts
+    arguments = tuple(args.script_args)
+    request = RunRequest(script, arguments, "", args.username or _user_name(), _find_token(args), args.timeout or 0)
+    check_run_request(request)
+    dispatcher, agents, context = _open_dispatch(args, config, words, "run", script=script, args=arguments)
+    request = request._replace(reqid=context.reqid)
+    results = []
+    try:
+        for result in dispatcher.run(agents, request):
+            results.append(result)
+            if not args.json:
+                _write_out(_render_block(result))
+    except KeyboardInterrupt:
+        left = sorted({agent.name for agent in agents} - {result.host for result in results})
+        _warn("\nced: stopped waiting; the script may still run on %s (request %s)" % (", ".join(left), request.reqid))
+        return 130
+    if args.json:
+        _say_json({"ok": True, "reqid": request.reqid, "results": [_run_entry(result, script) for result in results]})
+    elif len(results) > 1:
+        counts = ((state, sum(result.state == state for result in results)) for state in STATES)
+        _warn("%d hosts: %s" % (len(results), ", ".join("%d %s" % (count, state) for state, count in counts if count)))
+    return int(any(result.state != "ok" for result in results))
+
+
+def cmd_discovery(args: Any, config: Config) -> int:
+    if not (args.hosts or args.all or args.tags or args.file):
+        args.all = True
+    dispatcher, agents, context = _open_dispatch(args, config, args.hosts, "discovery")
+    results = sorted(dispatcher.discover(agents, context.reqid), key=lambda result: result.host)
+    failed = any(result.state != "ok" for result in results)
+    if args.json:
+        hosts = {}
+        for result in results:
+            entry = {"status": result.state, "rtt": _milliseconds(result.rtt)}
+            if result.state == "ok":
+                entry.update({key: result.answer.get(key) for key in ("version", "scripts", "tags")})
+            if result.error:
+                entry["error"] = result.error
+            hosts[result.host] = entry
+        _say_json({"ok": True, "reqid": context.reqid, "hosts": hosts})
+        return int(failed)
+    rows = []
+    for result in results:
+        if result.state != "ok":
+            rows.append((result.host, "-", result.state, "", result.error))
+        for script in result.answer.get("scripts", ()) if result.state == "ok" else ():
+            runs = "yes" if script.get("executable") else "NO"
+            rows.append((result.host, script["name"], runs, script.get("profile") or "-", script.get("path", "")))
+    say(_render_table(("NAME", "SCRIPT", "RUNS", "PROFILE", "PATH"), rows))
+    return int(failed)
+
+
+# --- agent ----------------------------------------------------------------------------------------------
+
+
+def cmd_serve(args: Any, config: Config) -> int:
+    return serve_agent(args.config or "", config.root)
+
+
+def cmd_self_check(args: Any, config: Config) -> int:
+    return _report_findings(check_agent(config), args.json)
+
+
+def cmd_self_ping(args: Any, config: Config) -> int:
+    info = ping_self(config)
+    days, _ = _render_days(iso_time(info.not_after))
+    if args.json:
+        _say_json({"ok": True, "port": config.port, "serial": info.serial, "expiry": iso_time(info.not_after)})
+    else:
+        say("the agent answers on port %d with certificate %s (%s left)" % (config.port, info.serial, days))
+    return 0
+
+
+def cmd_request_pairing(args: Any, config: Config) -> int:
+    host, _, port = args.dispatcher.partition(":") if args.dispatcher.count(":") == 1 else (args.dispatcher, "", "")
+    token = os.environ.get("CTRL_EXEC_PAIRING_TOKEN", "")
+    if args.token:
+        _warn("cea: a token on the command line is visible to everybody on this host; use CTRL_EXEC_PAIRING_TOKEN")
+        token = args.token
+    name = args.name or socket.gethostname()
+    if not HOST_NAME.fullmatch(name):
+        raise UsageError("%s is not a host name" % one_line(name[:300]), "give one with --name")
+    if token and not re.fullmatch(r"[0-9a-f]{8}\.[a-z2-7]{32}", token):
+        raise UsageError("that is not a pairing token", "ced pairing-token prints one")
+    try:
+        parse_addresses(args.ip or "")
+        wish = PairingWish(
+            host, parse_port(port) if port else args.port, name, args.ip or "", args.lookup_by or "", args.key_type,
+            token, args.allow_legacy, args.ca_fingerprint or "", args.replace_ca,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UsageError("expected %s" % error) from None
+    session = PairingSession(config, wish, OpenSSL())
+    state = PairingState(session.reqid, host, session.code, "waiting")
+    _show_code(session, bool(token))
+    if args.background:
+        return _wait_in_background(config, session, state, args.timeout)
+    return _finish_pairing(config, session, state, args.timeout, _must_ask(args, token))
+
+
+def _must_ask(args: Any, token: str) -> bool:
+    """Whether a person here confirms the code: not when a token or the pinned CA proves the dispatcher."""
+    if token or args.ca_fingerprint or args.yes:
+        return False
+    if not args.background and sys.stdin is not None and sys.stdin.isatty():
+        return True
+    _warn("cea: nobody confirms the code on this side; --ca-fingerprint or a token would prove the dispatcher")
+    return False
+
+
+def _show_code(session: PairingSession, has_token: bool) -> None:
+    if session.legacy:
+        _warn("cea: the dispatcher is of an older release: this code is a hash of our request alone, which somebody in"
+              " the middle can imitate in a second")  # fmt: skip
+    if not has_token:
+        _warn("request %s\npairing code: %s\napprove it on the dispatcher only if it shows the same code there"
+              % (session.reqid, _spaced(session.code)))  # fmt: skip
+
+
+def _finish_pairing(config: Config, session: PairingSession, state: PairingState, seconds: int, ask: bool) -> int:
+    """Wait, confirm, store, and keep the state file true; raises what the wait raises."""
+    write_pairing_state(config, state._replace(pid=os.getpid()))
+    try:
+        decision = session.wait(seconds)
+        if ask and not _confirm("Does the dispatcher show the code %s? [y/N] " % _spaced(session.code)):
+            raise PairingDenied("the code was not confirmed here; nothing is stored")
+        info = session.store(decision)
+    except PairingTimeout as error:
+        write_pairing_state(config, state._replace(status="timed out", reason=error.message))
+        raise
+    except CtrlExecError as error:
+        write_pairing_state(config, state._replace(status="denied", reason=error.message))
+        raise
+    except KeyboardInterrupt:
+        write_pairing_state(config, state._replace(status="timed out", reason="interrupted"))
+        raise
+    write_pairing_state(config, state._replace(status="stored"))
+    LOG.event("pair-complete", REQID=state.reqid, DISPATCHER=decision["dispatcher_id"], SERIAL=info.serial)
+    _warn("paired as %s with dispatcher %s; certificate valid until %s"
+          % (", ".join(info.names), decision["dispatcher_id"], iso_time(info.not_after)))  # fmt: skip
+    pid = find_agent_pid(config)
+    if pid:
+        os.kill(pid, signal.SIGHUP)
+        _warn("the running agent (process %d) reloads" % pid)
+    else:
+        _warn("start the agent: cea serve, or systemctl enable --now ctrl-exec-agent")
+    return 0
+
+
+def _confirm(question: str) -> bool:
+    sys.stderr.write(question)
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _wait_in_background(config: Config, session: PairingSession, state: PairingState, seconds: int) -> int:
+    """Print the request id and return, leaving a process that waits and holds nothing of the caller's."""
+    write_pairing_state(config, state)
+    pid = os.fork()
+    if pid:
+        say(state.reqid)
+        return 0
+    status = EXIT_BUG
+    try:
+        os.setsid()
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for number in (0, 1, 2):
+            os.dup2(nowhere, number)
+        session.keep_only([LOG.descriptor()])
+        status = _finish_pairing(config, session, state, seconds, False)
+    except CtrlExecError as error:
+        status = error.exit_code
+    except BaseException as error:
+        log_bug(error)
+    finally:
+        os._exit(status)
+
+
+def cmd_pairing_status(args: Any, config: Config) -> int:
+    """0 paired, 1 not paired, 2 a request waits."""
+    states = load_pairing_states(config)
+    if args.id:
+        states = [state for state in states if state.reqid == args.id]
+        if not states:
+            raise NotFound("no pairing request %s was made here" % one_line(args.id[:80]))
+    info = OpenSSL().read_certificate(config.cert) if os.path.exists(config.cert) else None
+    trusted = load_trust_map(config.trusted_dispatchers_path)
+    paired = info is not None and bool(trusted)
+    if args.json:
+        body = {"ok": True, "paired": paired, "dispatchers": trusted}
+        if info is not None:
+            body.update(name=info.names[0] if info.names else info.common_name, serial=info.serial, expiry=iso_time(info.not_after))
+        _say_json(dict(body, requests=[state._asdict() for state in states]))
+    else:
+        if info is not None:
+            days, _ = _render_days(iso_time(info.not_after))
+            say("certificate: %s, serial %s, %s left" % (", ".join(info.names) or info.common_name, info.serial, days))
+        for serial, dispatcher in trusted.items():
+            say("trusted dispatcher: %s (serial %s)" % (dispatcher, serial))
+        for state in states[:5]:
+            say("request %s to %s: %s%s" % (state.reqid, state.dispatcher, state.status, " (%s)" % state.reason if state.reason else ""))
+        if not paired:
+            say("not paired")
+    if args.id:
+        return {"stored": 0, "waiting": 2}.get(states[0].status, 1)
+    return 0 if paired else 2 if states and states[0].status == "waiting" else 1
+
+
+# --- the table of verbs ---------------------------------------------------------------------------------
+
+
+def _option(*flags: str, **details: Any) -> tuple:
+    """One row of a verb's options, in argparse's words."""
+    return flags, details
+
+
+def _count_option(text: str) -> int:
+    try:
+        return parse_positive(text)
+    except ValueError as error:
+        raise UsageError("expected %s, not `%s`" % (error, one_line(text[:40]))) from None
+
+
+def _port_option(text: str) -> int:
+    try:
+        return parse_port(text)
+    except ValueError as error:
+        raise UsageError("a port is %s" % error) from None
+
+
+def _wait_option(text: str) -> int:
+    seconds = _count_option(text)
+    if seconds > MAX_PAIRING_WAIT:
+        raise UsageError("--timeout is at most %d seconds" % MAX_PAIRING_WAIT)
+    return seconds
+
+
+_JSON = _option("--json", action="store_true", help="print JSON")
+_HOSTS = (
+    _option("hosts", nargs="*", metavar="HOST", help="NAME, NAME:PORT, 'web-*', 'web-[01-20]', or - for standard input"),
+    _option("--all", action="store_true", help="every registered host"),
+    _option("--tags", action="append", metavar="K=V", help="only hosts with these tags"),
+    _option("-f", "--file", action="append", metavar="FILE", help="hosts from a file"),
+    _option("--port", type=_port_option, metavar="P", help="this port instead of the registered one"),
+    _option("--username", metavar="NAME", help="who asks, for hooks and scripts (default: you)"),
+    _option("--token", metavar="T", help="for hooks and scripts; better in ENVEXEC_TOKEN"),
+    _JSON,
+)
+_PLACE = (
+    _option("--ip", metavar="A", help="its IP address"),
+    _option("--agent-port", type=_port_option, metavar="P", help="its port"),
+    _option("--lookup-by", choices=("ip", "hostname"), help="connect to its address or to its host name"),
+)
+
+
+class Command(NamedTuple):
+    """One verb."""
+
+    role: str
+    name: str
+    help: str
+    options: tuple
+    handler: Callable  # (args, config) to exit status
+
+
+COMMANDS = (
+    Command("dispatcher", "setup-ca", "make the private CA, once",
+            (_option("--name", help="the CA's common name"),), cmd_setup_ca),
+    Command("dispatcher", "setup-ctrl-exec", "make the dispatcher's key and certificate", (), cmd_setup_ctrl_exec),
+    Command("dispatcher", "pairing-mode", "open the pairing port and approve agents",
+            (_option("--allow-legacy", action="store_true", help="serve agents without the commitment protocol"),),
+            cmd_pairing_mode),
+    Command("dispatcher", "pairing-token", "print a token that pairs without a person",
+            (_option("--ttl", type=_count_option, default=3600, metavar="S", help="seconds it is valid (3600)"),
+             _option("--uses", type=_count_option, default=1, metavar="N", help="how often it can be used (1)"),
+             _option("--name", metavar="NAME", help="only for this host name, or a pattern with *"), _JSON),
+            cmd_pairing_token),
+    Command("dispatcher", "list-requests", "pairing requests that wait", (_JSON,), cmd_list_requests),
+    Command("dispatcher", "approve", "approve a pairing request",
+            (_option("id", metavar="ID"), _option("--name", metavar="N", help="register it under this name"), *_PLACE,
+             _option("--replace", action="store_true", help="in the place of the agent of that name")), cmd_approve),
+    Command("dispatcher", "deny", "deny a pairing request", (_option("id", metavar="ID"),), cmd_deny),
+    Command("dispatcher", "list-agents", "the registered hosts",
+            (_option("--tags", action="append", metavar="K=V", help="only hosts with these tags"), _JSON), cmd_list_agents),
+    Command("dispatcher", "edit-agent", "change a host's name or address here",
+            (_option("name", metavar="NAME"), _option("--rename", metavar="N", help="its new name here"), *_PLACE),
+            cmd_edit_agent),
+    Command("dispatcher", "unpair", "forget a host and refuse its certificate", (_option("name", metavar="NAME"),), cmd_unpair),
+    Command("dispatcher", "discovery", "what the hosts offer", _HOSTS, cmd_discovery),
+    Command("dispatcher", "ping", "see whether hosts answer", _HOSTS, cmd_ping),
+    Command("dispatcher", "run", "run a script: run HOST... SCRIPT [-- ARG...]",
+            (*_HOSTS, _option("--timeout", type=_count_option, metavar="S", help="seconds the script may take")), cmd_run),
+    Command("dispatcher", "list-locks", "scripts that are being run from here", (_JSON,), cmd_list_locks),
+    Command("dispatcher", "check", "check files, certificates and registry", (_JSON,), cmd_check),
+    Command("agent", "serve", "run the agent, in the foreground",
+            (_option("--foreground", action="store_true", help="log to standard error"),), cmd_serve),
+    Command("agent", "request-pairing", "ask a dispatcher for a certificate",
+            (_option("--dispatcher", required=True, metavar="HOST[:PORT]", help="where pairing-mode runs"),
+             _option("--port", type=_port_option, default=PAIRING_PORT, metavar="P", help="its port (%d)" % PAIRING_PORT),
+             _option("--name", metavar="N", help="this host's name (default: the system's)"),
+             _option("--ip", metavar="A", help="the address to reach this host at (default: as seen there)"),
+             _option("--lookup-by", choices=("ip", "hostname"), help="how the dispatcher shall find this host"),
+             _option("--key-type", choices=("ec", "rsa"), default="ec", help="of a new key (ec)"),
+             _option("--timeout", type=_wait_option, default=30, metavar="S", help="seconds to wait (30, at most 600)"),
+             _option("--background", action="store_true", help="print the request id and wait in the background"),
+             _option("--token", metavar="T", help="a pairing token; better in CTRL_EXEC_PAIRING_TOKEN"),
+             _option("--ca-fingerprint", metavar="HEX", help="SHA-256 of the CA, as pairing-mode shows it"),
+             _option("--yes", action="store_true", help="do not ask whether the code is the same"),
+             _option("--replace-ca", action="store_true", help="leave the CA this host belongs to"),
+             _option("--allow-legacy", action="store_true", help="accept a dispatcher without commitment")),
+            cmd_request_pairing),
+    Command("agent", "pairing-status", "whether this host is paired, and with whom",
+            (_option("id", nargs="?", metavar="ID"), _JSON), cmd_pairing_status),
+    Command("agent", "self-check", "check files, certificates and scripts", (_JSON,), cmd_self_check),
+    Command("agent", "self-ping", "reach the agent on this host", (_JSON,), cmd_self_ping),
+)  # fmt: skip
+
+_GLOBALS = (
+    _option("--config", metavar="FILE", help="instead of the default configuration file"),
+    _option("--root", metavar="DIR", help="put every default path below DIR (CTRL_EXEC_ROOT)"),
+    _option("--verbose", action="store_true", help="log to standard error too"),
+    _option("--help", action="store_true", help="show this"),
+)
+
+
+def render_usage(role: str, program: str) -> str:
+    """The verbs of a role, one a line."""
+    rows = [(command.name, command.help) for command in COMMANDS if command.role == role]
+    width = max(len(name) for name, _ in rows)
+    lines = ["usage: %s [--config FILE] [--root DIR] VERB ..." % program, ""]
+    lines += ["  %s  %s" % (name.ljust(width), text) for name, text in rows]
+    return "\n".join(lines + ["", "%s VERB --help says more; --version says which this is" % program])
+
+
+def parse_command(role: str, program: str, argv: list) -> tuple:
+    """(Command, its arguments). Raises UsageError; with --help or --version the Command is None and the text
+    to print comes instead."""
+    words = list(argv)
+    leading: list = []
+    while words and words[0].startswith("-"):  # global options before the verb
+        taken = 2 if words[0] in ("--config", "--root") else 1
+        leading += words[:taken]
+        words = words[taken:]
+    if "--version" in leading:
+        return None, render_version()
+    if not words:
+        if "--help" in leading:
+            return None, render_usage(role, program)
+        raise UsageError("no verb is given", "%s --help" % program)
+    verb, *rest = words
+    known = {command.name: command for command in COMMANDS if command.role == role}
+    if verb not in known:
+        raise UsageError("unknown verb `%s`%s" % (one_line(verb[:80]), suggest(verb, known)), "%s --help" % program)
+    return _parse_options(known[verb], program, leading + rest)
+
+
+def _parse_options(command: Command, program: str, words: list) -> tuple:
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> None:
+            raise UsageError(message, "%s %s --help" % (program, command.name))
+
+    parser = Parser(prog="%s %s" % (program, command.name), description=command.help, add_help=False, allow_abbrev=False)
+    for flags, details in command.options + _GLOBALS:
+        parser.add_argument(*flags, **details)
+    script_args: list = []
+    if command.name == "run" and "--" in words:
+        at = words.index("--")
+        words, script_args = words[:at], words[at + 1 :]
+    if "--help" in words:
+        return None, parser.format_help().rstrip()
+    args = parser.parse_intermixed_args(words)
+    args.script_args = script_args
+    return command, args
+
+
+def render_version() -> str:
+    """Version and the hash of this very file, so that a copy can be told from another."""
+    try:
+        digest = fingerprint(read_file(os.path.realpath(__file__), 16 * MAX_STATE_FILE))[:12]
+    except (OSError, CtrlExecError):
+        digest = "unknown"
+    python = "%d.%d.%d" % sys.version_info[:3]
+    return "ctrl-exec %s (file %s, Python %s, %s)" % (__version__, digest, python, ssl.OPENSSL_VERSION)
+
+
+def run_command(role: str, program: str, argv: list) -> int:
+    """Parse, load the configuration, and run one verb; returns its exit status. Raises CtrlExecError."""
+    command, args = parse_command(role, program, argv)
+    if command is None:
+        say(args)
+        return 0
+    root = os.path.abspath(args.root) if args.root else os.environ.get("CTRL_EXEC_ROOT", "")
+    tag = {"dispatcher": "ctrl-exec-dispatcher", "agent": "ctrl-exec-agent"}[role]
+    foreground = args.verbose or getattr(args, "foreground", False)
+    LOG.open(tag, under_root(root, ROOT_LOG) if root else "", foreground)
+    try:
+        config = load_config(role, os.path.abspath(args.config) if args.config else "", root)
+        if command.name != "serve":
+            for warning in config.warnings:
+                _warn("%s: %s" % (program, warning))
+        return command.handler(args, config)
+    except CtrlExecError as error:
+        if getattr(args, "json", False):
+            _say_json(_render_error(error))
+        raise
+
+
+def _render_error(error: CtrlExecError) -> dict:
+    body = {"ok": False, "error": error.message, "status": error.code}
+    if isinstance(error, Locked):
+        body.update(error="locked", code=4, conflicts=list(error.conflicts))
+    elif isinstance(error, Denied):
+        body["code"] = error.reason_code
+    if error.hint:
+        body["detail"] = error.hint
+    return body
+
+
+# --- the demo -------------------------------------------------------------------------------------------
+
+_DEMO_SCRIPTS = {
+    "facts": "#!/bin/sh\n# reports on the machine\nuname -sr\necho \"user:   $(id -un)\"\necho \"caller: $CTRL_EXEC_DISPATCHER\"\n",
+    "echo-args": "#!/bin/sh\n# shows each argument as it arrived\nfor a in \"$@\"; do printf '[%s]\\n' \"$a\"; done\n",
+    "context": "#!/bin/sh\n# shows the request it was given on stdin\ncat\necho\n",
+    "fail": "#!/bin/sh\n# fails\necho 'the disk is on fire' >&2\nexit 3\n",
+}
+_DEMO_HOSTS = ("web-01", "web-02", "db-01")
+
+
+class _Demo:
+    """A whole deployment in one directory: a dispatcher, three agents, and what an operator would type."""
+
+    def __init__(self, top: str) -> None:
+        self.top = top
+        self.running: list = []  # processes to end
+        self._log = os.open(os.path.join(top, "output.log"), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        for link in ("ced", "cea"):
+            os.symlink(os.path.realpath(__file__), os.path.join(top, link))
+
+    def program(self, link: str, host: str = "") -> list:
+        """The beginning of a command line for the dispatcher, or for one host's agent."""
+        root = os.path.join(self.top, "hosts", host) if host else os.path.join(self.top, "control")
+        return [sys.executable, "-I", os.path.join(self.top, link), "--root", root]
+
+    def show(self, *words: str, host: str = "", quiet: bool = False) -> str:
+        """Type one command, show what it prints, return it."""
+        import shlex
+
+        link = "cea" if host else "ced"
+        if not quiet:
+            say(_paint("\n%s$ %s %s" % (host + " " if host else "", link, shlex.join(words)), "bold"))
+        done = run_program(self.program(link, host) + list(words), env=self._environment(), timeout=60)
+        text = done.stdout.decode("utf-8", "replace")
+        said = text + done.stderr.decode("utf-8", "replace") if not quiet else ""
+        for line in said.splitlines():
+            say("  " + printable(line))
+        return text
+
+    def start(self, *words: str, host: str = "") -> None:
+        self.running.append(
+            start_program(self.program("cea" if host else "ced", host) + list(words), self._environment(), self._log)
+        )
+
+    def _environment(self) -> dict:
+        return {"PATH": SAFE_PATH, "TERM": "dumb"}
+
+    def put(self, path: str, text: str, mode: int = 0o644) -> None:
+        path = os.path.join(self.top, path)
+        make_directory(os.path.dirname(path), 0o755)
+        write_atomic(path, text.encode("utf-8"), mode=mode)
+
+    def stop(self) -> None:
+        for process in reversed(self.running):
+            process.terminate()
+        for process in self.running:
+            process.wait()
+
+
+def _free_ports(count: int) -> list:
+    """Ports of loopback that nobody has at this moment."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [sock.getsockname()[1] for sock in sockets]
+    for sock in sockets:
+        sock.close()
+    return ports
+
+
+def _wait_for_port(port: int) -> None:
+    deadline = Deadline(20)
+    while not deadline.is_over():
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            return
+        except OSError:
+            time.sleep(0.05)
+    raise Unavailable("port %d did not open within %g s" % (port, deadline.seconds))
+
+
+def _demo_files(demo: _Demo, pairing_port: int, ports: list) -> None:
+    demo.put("control/etc/ctrl-exec/ctrl-exec.conf", "pairing_port = %d\ndispatcher_id = control\n" % pairing_port)
+    for host, port in zip(_DEMO_HOSTS, ports):
+        etc = "hosts/%s%s/" % (host, AGENT_ETC)
+        site = "north" if host == "web-01" else "south"
+        demo.put(etc + "agent.conf", "port = %d\nbind = 127.0.0.1\n[tags]\nsite = %s\n" % (port, site))
+        lines = []
+        for name, text in _DEMO_SCRIPTS.items():
+            demo.put("hosts/%s/scripts/%s" % (host, name), text, 0o755)
+            lines.append("%s = %s/hosts/%s/scripts/%s\n" % (name, demo.top, host, name))
+        demo.put(etc + "scripts.conf", "".join(lines))
+
+
+def _demo_pair(demo: _Demo, pairing_port: int) -> None:
+    say("\nPairing: both sides show six digits, computed from everything both have said.")
+    demo.start("pairing-mode")
+    _wait_for_port(pairing_port)
+    for host in _DEMO_HOSTS:
+        asked = demo.show("request-pairing", "--background", "--dispatcher", "127.0.0.1:%d" % pairing_port, "--name", host, host=host)
+        reqid = asked.strip()
+        if host == _DEMO_HOSTS[0]:
+            demo.show("list-requests")
+        demo.show("approve", reqid)
+        deadline = Deadline(20)
+        while '"status": "stored"' not in _read_state(demo, host, reqid) and not deadline.is_over():
+            time.sleep(0.05)
+        demo.start("serve", host=host)
+
+
+def _read_state(demo: _Demo, host: str, reqid: str) -> str:
+    try:
+        return read_text("%s/hosts/%s%s/pairing/%s.json" % (demo.top, host, AGENT_VAR, reqid))
+    except FileNotFoundError:
+        return ""
+
+
+def _demo_run(demo: _Demo) -> None:
+    demo.show("list-agents")
+    demo.show("ping", "--all")
+    demo.show("discovery")
+    demo.show("run", "web-[01-02]", "facts")
+    say("\nArguments arrive as they are: there is no shell that could look at them.")
+    demo.show("run", "db-01", "echo-args", "--", "two words", "$(id) `id`", "--force", "", "*")
+    demo.show("run", "db-01", "context", "--", "one")
+    say("\nA failure is told as one, and what the host's own allowlist does not name does not run.")
+    demo.show("run", "--tags", "site=south", "fail")
+    demo.show("run", "web-01", "reboot")
+
+
+def run_demo(keep: bool) -> int:
+    """Set up, show, clean up: as whoever calls it, on loopback, below one temporary directory."""
+    import shutil
+    import tempfile
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    top = os.path.realpath(tempfile.mkdtemp(prefix="ctrl-exec-demo-"))
+    os.chmod(top, 0o755)
+    demo = _Demo(top)
+    kept = False
+    try:
+        pairing_port, *ports = _free_ports(1 + len(_DEMO_HOSTS))
+        say("A deployment below %s: one dispatcher, three agents on loopback; nothing else is touched." % top)
+        _demo_files(demo, pairing_port, ports)
+        demo.show("setup-ca")
+        demo.show("setup-ctrl-exec")
+        _demo_pair(demo, pairing_port)
+        for port in ports:
+            _wait_for_port(port)
+        _demo_run(demo)
+        kept = keep
+    except KeyboardInterrupt:
+        _warn("interrupted")
+        return 130
+    finally:
+        if kept:
+            _say_how_to_go_on(demo)
+        else:
+            demo.stop()
+            shutil.rmtree(top, ignore_errors=True)
+            say("\nStopped, and %s removed. `--keep` leaves it running." % top)
+    return 0
+
+
+def _say_how_to_go_on(demo: _Demo) -> None:
+    import shlex
+
+    say("\nIt keeps running. To go on:")
+    say("  alias ced=%s" % shlex.quote(shlex.join(demo.program("ced"))))
+    say("  ced run --all facts")
+    say("To end it:")
+    say("  kill %s; rm -r %s" % (" ".join(str(process.pid) for process in demo.running), demo.top))
+
+
+# ======================================================================================================
+# 19. MAIN
+# Owns:  the role from the name invoked, signals, and the way from an error to an exit status. The only
+#        section that leaves the process.
+# Uses:  HEAD, ERRORS, GROUND, SETTINGS, CLI
+# ======================================================================================================
+
+_ROLES = {
+    "ced": "dispatcher", "ctrl-exec": "dispatcher", "ctrl-exec-dispatcher": "dispatcher", "dispatcher": "dispatcher",
+    "cea": "agent", "ctrl-exec-agent": "agent", "agent": "agent",
+}  # fmt: skip
+
+_USAGE = """\
+usage: ctrl_exec.py demo [--keep]              a whole deployment in a temporary directory, to look at
+       ctrl_exec.py dispatcher VERB ...        the control host (also: ced, ctrl-exec)
+       ctrl_exec.py agent VERB ...             a managed host (also: cea, ctrl-exec-agent)
+       ctrl_exec.py conf-example ROLE          the configuration file of a role, every key explained
+       ctrl_exec.py --version"""
+
+
+def _run_role(argv: list) -> int:
+    """Find out who we are, and do as asked. Raises CtrlExecError."""
+    program = os.path.basename(argv[0])
+    words = argv[1:]
+    role = _ROLES.get(program, "")
+    if not role and words:
+        role = _ROLES.get(words[0], "")
+        if role:
+            program, words = "ctrl_exec.py " + words[0], words[1:]
+    if role:
+        return run_command(role, program, words)
+    if words[:1] == ["demo"] and set(words[1:]) <= {"--keep"}:
+        return run_demo("--keep" in words)
+    if words[:1] == ["conf-example"] and len(words) == 2 and words[1] in ("dispatcher", "agent"):
+        say(render_example(words[1]))
+        return 0
+    if words == ["--version"]:
+        say(render_version())
+        return 0
+    if words == ["--help"]:
+        say(_USAGE)
+        return 0
+    raise UsageError("what to do?\n" + _USAGE)
+
+
+def _fail(program: str, error: CtrlExecError) -> int:
+    sys.stderr.write("%s: %s\n" % (program, printable(error.message)))
+    if error.hint:
+        sys.stderr.write("%s  %s\n" % (" " * len(program), printable(error.hint)))
+    return error.exit_code
+
+
+def main(argv: list) -> int:
+    """Run one command line (`argv[0]` is the name we were called by); returns the exit status."""
+    program = os.path.basename(argv[0])
+    try:
+        status = _run_role(argv)
+        sys.stdout.flush()
+        return status
+    except CtrlExecError as error:
+        return _fail(program, error)
+    except KeyboardInterrupt:
+        return 130  # 128 + SIGINT, as shells count
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the last flush at exit does not fail again
+        return 141  # 128 + SIGPIPE
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            return _report_bug(program, error)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.stderr.write("%s: cannot write the output: %s\n" % (program, error.strerror))
+        return 74  # EX_IOERR
+    except Exception as error:
+        return _report_bug(program, error)
+
+
+def _report_bug(program: str, error: BaseException) -> int:
+    log_bug(error)
+    sys.stderr.write(
+        "%s: internal error (%s); the log has the details. Please report it with them.\n" % (program, type(error).__name__)
+    )
+    return EXIT_BUG
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
