@@ -471,7 +471,7 @@ class Owner(NamedTuple):
 
 
 def find_service_owner(user: str) -> Optional[Owner]:
-    """Ids of the service user `user` when we are root and it exists, else None: then nothing changes hands."""
+    """The ids of a service user, when we are root and it exists; else None, and nothing changes hands."""
     if os.geteuid() != 0:
         return None
     import pwd
@@ -786,7 +786,16 @@ def parse_port(text: str) -> int:
 
 
 def parse_yes_no(text: str) -> bool:
-    words = {"yes": True, "true": True, "on": True, "1": True, "no": False, "false": False, "off": False, "0": False}
+    words = {
+        "yes": True,
+        "true": True,
+        "on": True,
+        "1": True,
+        "no": False,
+        "false": False,
+        "off": False,
+        "0": False,
+    }
     if text.lower() not in words:
         raise ValueError("yes or no")
     return words[text.lower()]
@@ -892,9 +901,19 @@ SETTINGS = (
         "",
         "who this dispatcher is to its agents, stable across rotations (empty: the host name)",
     ),
-    Setting("dispatcher", "key_type", parse_key_type, "ec", "new keys: ec (P-256), or rsa (3072 bits) for older peers"),
-    Setting("dispatcher", "auth_hook", parse_optional_path, "", "executable that decides about every request"),
-    Setting("dispatcher", "auth_hook_timeout", parse_positive, "10", "seconds the hook has; after that, denied"),
+    Setting(
+        "dispatcher",
+        "key_type",
+        parse_key_type,
+        "ec",
+        "new keys: ec (P-256), or rsa (3072 bits) for older peers",
+    ),
+    Setting(
+        "dispatcher", "auth_hook", parse_optional_path, "", "executable that decides about every request"
+    ),
+    Setting(
+        "dispatcher", "auth_hook_timeout", parse_positive, "10", "seconds the hook has; after that, denied"
+    ),
     Setting("dispatcher", "auth_deny_generic", parse_yes_no, "no", "answer every denial with the same words"),
     Setting("dispatcher", "read_timeout", parse_positive, "60", "seconds to wait for a host's answer"),
     Setting("dispatcher", "connect_timeout", parse_positive, "10", "seconds to reach a host, TLS included"),
@@ -913,10 +932,16 @@ SETTINGS = (
     ),
     Setting("dispatcher", "cert_days", parse_positive, "365", "days a new certificate is valid"),
     Setting("dispatcher", "cert_renewal_days", parse_positive, "90", "rotate the dispatcher's below this"),
-    Setting("dispatcher", "cert_overlap_days", parse_positive, "30", "days the old one stays trusted after that"),
-    Setting("dispatcher", "cert_check_interval", parse_positive, "14400", "seconds between checks of certificates"),
+    Setting(
+        "dispatcher", "cert_overlap_days", parse_positive, "30", "days the old one stays trusted after that"
+    ),
+    Setting(
+        "dispatcher", "cert_check_interval", parse_positive, "14400", "seconds between checks of certificates"
+    ),
     Setting("dispatcher", "pairing_port", parse_port, str(PAIRING_PORT), "port of `ced pairing-mode`"),
-    Setting("dispatcher", "pairing_max_queue", parse_positive, "10", "pairing requests that may wait at once"),
+    Setting(
+        "dispatcher", "pairing_max_queue", parse_positive, "10", "pairing requests that may wait at once"
+    ),
     Setting("dispatcher", "pairing_timeout", parse_positive, "600", "seconds after which one expires"),
     Setting("dispatcher", "pairing_rate_limit_volume", parse_rate, "10/60/300", "connections per address"),
     Setting("dispatcher", "pairing_rate_limit_disable", parse_yes_no, "no", "no rate limit while pairing"),
@@ -924,8 +949,12 @@ SETTINGS = (
     Setting("dispatcher", "api_bind", parse_addresses, "127.0.0.1", "addresses of the HTTP API"),
     Setting("dispatcher", "api_cert", parse_optional_path, "", "TLS certificate of the HTTP API"),
     Setting("dispatcher", "api_key", parse_optional_path, "", "its private key"),
-    Setting("dispatcher", "api_auth_default", parse_api_default, "deny", "deny or allow, when there is no hook"),
-    Setting("dispatcher", "api_max_connections", parse_positive, "64", "connections at once", "api_max_children"),
+    Setting(
+        "dispatcher", "api_auth_default", parse_api_default, "deny", "deny or allow, when there is no hook"
+    ),
+    Setting(
+        "dispatcher", "api_max_connections", parse_positive, "64", "connections at once", "api_max_children"
+    ),
     Setting("agent", "port", parse_port, str(AGENT_PORT), "port to listen on"),
     Setting("agent", "bind", parse_addresses, "", "addresses to listen on (empty: all, IPv4 and IPv6)"),
     Setting("agent", "cert", parse_path, AGENT_ETC + "/agent.crt", "this host's certificate"),
@@ -934,7 +963,11 @@ SETTINGS = (
     Setting("agent", "auth_hook", parse_optional_path, "", "executable that decides about every request"),
     Setting("agent", "auth_hook_timeout", parse_positive, "10", "seconds the hook has; after that, denied"),
     Setting(
-        "agent", "script_dirs", parse_path_list, "", "scripts must lie below one of these, PATH:PATH (empty: anywhere)"
+        "agent",
+        "script_dirs",
+        parse_path_list,
+        "",
+        "scripts must lie below one of these, PATH:PATH (empty: anywhere)",
     ),
     Setting(
         "agent",
@@ -957,7 +990,9 @@ SETTINGS = (
         AGENT_ETC + "/revoked-serials",
         "serials of dispatcher certificates that are refused",
     ),
-    Setting("agent", "allowed_ips", parse_networks, "", "addresses and prefixes that may connect (empty: all)"),
+    Setting(
+        "agent", "allowed_ips", parse_networks, "", "addresses and prefixes that may connect (empty: all)"
+    ),
     Setting("agent", "rate_limit_volume", parse_rate, "10/60/300", "connections by strangers, per address"),
     Setting("agent", "rate_limit_probe", parse_rate, "3/600/3600", "failed TLS handshakes, per address"),
     Setting("agent", "rate_limit_disable", parse_yes_no, "no", "no rate limits"),
@@ -965,12 +1000,18 @@ SETTINGS = (
     Setting("agent", "stdin_timeout", parse_positive, "10", "seconds a script has to read its request"),
     Setting("agent", "runs_dir", parse_path, AGENT_VAR + "/runs", "run records", "async_runs_dir"),
     Setting("agent", "run_retention_hours", parse_positive, "24", "hours a run record is kept"),
-    Setting("agent", "max_output", parse_size, "10M", "bytes kept of each output stream; the rest is counted"),
+    Setting(
+        "agent", "max_output", parse_size, "10M", "bytes kept of each output stream; the rest is counted"
+    ),
     Setting("agent", "script_timeout", parse_count, "0", "seconds a script may run (0: no limit)"),
     Setting("profile", "run_as", parse_text, "", "USER or USER:GROUP the script runs as"),
-    Setting("profile", "caps", parse_text, "", "capabilities to keep (not built yet: such a script is refused)"),
+    Setting(
+        "profile", "caps", parse_text, "", "capabilities to keep (not built yet: such a script is refused)"
+    ),
     Setting("profile", "writable", parse_path_list, "", "paths left writable (not built yet: likewise)"),
-    Setting("profile", "no_new_privileges", parse_yes_no, "no", "setuid programs and file capabilities do nothing"),
+    Setting(
+        "profile", "no_new_privileges", parse_yes_no, "no", "setuid programs and file capabilities do nothing"
+    ),
     Setting("profile", "timeout", parse_count, "0", "seconds the script may run (0: as script_timeout)"),
     Setting("profile", "nice", parse_nice, "0", "scheduling priority, -20 to 19"),
     Setting("profile", "memory", parse_size, "0", "address space of each process in bytes (0: no limit)"),
@@ -989,7 +1030,9 @@ def under_root(root: str, path: str) -> str:
 class Config:
     """One role's settings, by attribute; made once and never changed."""
 
-    def __init__(self, role: str, path: str, root: str, values: dict, tags: dict, profiles: dict, warnings: tuple):
+    def __init__(
+        self, role: str, path: str, root: str, values: dict, tags: dict, profiles: dict, warnings: tuple
+    ):
         self.role = role
         self.path = path
         self.root = root
@@ -1092,11 +1135,15 @@ class _ConfigReader:
             self.warnings.append(message)
             return
         if row.key in into:
-            raise ConfigError("%s: `%s` was set before (as `%s` or under its other name)" % (where, line.key, row.key))
+            raise ConfigError(
+                "%s: `%s` was set before (as `%s` or under its other name)" % (where, line.key, row.key)
+            )
         try:
             into[row.key] = row.parse(line.value)
         except ValueError as error:
-            raise ConfigError("%s: `%s` expects %s, not `%s`" % (where, line.key, error, one_line(line.value))) from None
+            raise ConfigError(
+                "%s: `%s` expects %s, not `%s`" % (where, line.key, error, one_line(line.value))
+            ) from None
 
 
 def load_config(role: str, path: str = "", root: str = "") -> Config:
@@ -1384,7 +1431,14 @@ class OpenSSL:
     def new_key(self, kind: str) -> bytes:
         """A new private key as PEM: `ec` is P-256, `rsa` 3072 bits."""
         if kind == "ec":
-            choice = ["-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-pkeyopt", "ec_param_enc:named_curve"]
+            choice = [
+                "-algorithm",
+                "EC",
+                "-pkeyopt",
+                "ec_paramgen_curve:P-256",
+                "-pkeyopt",
+                "ec_param_enc:named_curve",
+            ]
         else:
             choice = ["-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:3072"]
         return self._run("genpkey", *choice)
@@ -1428,7 +1482,9 @@ class OpenSSL:
         work.put("serial", "%02X%s\n" % (serial[0] & 0x7F | 0x40, serial[1:].hex().upper()))
         work.put("index.txt", "")
         path = work.put("request.pem", request.decode("ascii"))
-        dates = [time.strftime("%Y%m%d%H%M%SZ", time.gmtime(now() + s)) for s in (-BACKDATE_SECONDS, days * 86400)]
+        dates = [
+            time.strftime("%Y%m%d%H%M%SZ", time.gmtime(now() + s)) for s in (-BACKDATE_SECONDS, days * 86400)
+        ]
         subject = "/CN=" + work.common_name
         text = self._run(
             "ca", "-batch", "-notext", "-config", config, "-in", path, "-subj", subject, *signer,
@@ -1446,11 +1502,15 @@ class OpenSSL:
 
     def parse_certificate(self, pem: bytes) -> CertInfo:
         """What a PEM certificate says. Raises ProgramError when it is none."""
-        out = self._run("x509", "-noout", "-serial", "-startdate", "-enddate", stdin=pem).decode("ascii", "replace")
+        out = self._run("x509", "-noout", "-serial", "-startdate", "-enddate", stdin=pem).decode(
+            "ascii", "replace"
+        )
         facts = dict(line.partition("=")[::2] for line in out.splitlines())
         subject = self._run("x509", "-noout", "-subject", "-nameopt", "multiline,utf8", stdin=pem)
         common = re.search(r"^\s*commonName\s*= (.*)$", subject.decode("utf-8", "replace"), re.MULTILINE)
-        alternative = self._run("x509", "-noout", "-ext", "subjectAltName", stdin=pem).decode("utf-8", "replace")
+        alternative = self._run("x509", "-noout", "-ext", "subjectAltName", stdin=pem).decode(
+            "utf-8", "replace"
+        )
         return CertInfo(
             facts["serial"].lower().lstrip("0") or "0",
             common[1] if common else "",
@@ -1468,7 +1528,9 @@ class OpenSSL:
                 self._run("verify", "-x509_strict", "-purpose", purpose, "-CAfile", ca_path, path)
             except ProgramError as error:
                 reason = re.search(r"error \d+ at \d+ depth lookup: *(.*?)(?:\\n|$)", error.message)
-                raise TrustError("the certificate is refused: %s" % (reason[1] if reason else "no chain")) from error
+                raise TrustError(
+                    "the certificate is refused: %s" % (reason[1] if reason else "no chain")
+                ) from error
 
     def check_key_match(self, pem: bytes, key_path: str) -> None:
         """Raise TrustError unless the certificate was issued for the key at `key_path`."""
@@ -1587,7 +1649,9 @@ def load_trust_map(path: str) -> dict:
     except FileNotFoundError:
         return {}
     except StorageError as error:
-        raise TrustError("the trusted-dispatchers map cannot be used: %s" % error.message, error.hint) from error
+        raise TrustError(
+            "the trusted-dispatchers map cannot be used: %s" % error.message, error.hint
+        ) from error
     trusted = {}
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):
@@ -1670,7 +1734,9 @@ def new_ca(openssl: OpenSSL, ca_cert: str, kind: str, name: str) -> CertInfo:
     key = ca_key_path(ca_cert)
     for path in (ca_cert, key):
         if os.path.exists(path):
-            raise TrustError("%s exists: a CA is never overwritten" % path, "every paired agent depends on it")
+            raise TrustError(
+                "%s exists: a CA is never overwritten" % path, "every paired agent depends on it"
+            )
     new_key_file(openssl, key, kind)
     try:
         certificate = openssl.sign_ca(key, name, CA_DAYS)
@@ -1681,10 +1747,14 @@ def new_ca(openssl: OpenSSL, ca_cert: str, kind: str, name: str) -> CertInfo:
     return openssl.read_certificate(ca_cert)
 
 
-def new_dispatcher_identity(openssl: OpenSSL, identity: Identity, name: str, kind: str, days: int) -> CertInfo:
+def new_dispatcher_identity(
+    openssl: OpenSSL, identity: Identity, name: str, kind: str, days: int
+) -> CertInfo:
     """Make the dispatcher's key and certificate. Raises TrustError when it has a certificate already."""
     if os.path.exists(identity.cert):
-        raise TrustError("%s exists" % identity.cert, "agents trust this certificate; remove it only to start over")
+        raise TrustError(
+            "%s exists" % identity.cert, "agents trust this certificate; remove it only to start over"
+        )
     new_key_file(openssl, identity.key, kind)
     request = openssl.new_request(identity.key, name)
     pem = openssl.sign(request, name, "dispatcher", days, identity.ca, ca_key_path(identity.ca))
@@ -1709,7 +1779,9 @@ def check_expiry(path: str, info: CertInfo) -> Finding:
     """Whether a certificate's dates leave time."""
     days = int((info.not_after - now()) // 86400)
     if info.not_before > now():
-        return Finding("FAIL", "%s is not valid before %s" % (path, iso_time(info.not_before)), "check this host's clock")
+        return Finding(
+            "FAIL", "%s is not valid before %s" % (path, iso_time(info.not_before)), "check this host's clock"
+        )
     if days < 0:
         return Finding("FAIL", "%s expired on %s" % (path, iso_time(info.not_after)))
     return Finding("WARN" if days < 30 else "OK", "%s expires in %d days" % (path, days))
@@ -2069,7 +2141,13 @@ class Field(NamedTuple):
     most: int = MAX_BODY  # characters of a string, entries of a list, or the largest number
 
 
-_KIND_NAMES = {str: "a string", int: "a whole number", bool: "true or false", dict: "an object", list: "a list of strings"}
+_KIND_NAMES = {
+    str: "a string",
+    int: "a whole number",
+    bool: "true or false",
+    dict: "an object",
+    list: "a list of strings",
+}
 
 
 def _check_text(value: str, field: Field) -> None:
@@ -2204,9 +2282,10 @@ def encode_request(method: str, path: str, host: str, body: Optional[dict], keep
 # --- answers --------------------------------------------------------------------------------------------
 
 _REASONS = {
-    200: "OK", 202: "Accepted", 400: "Bad Request", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed",
-    408: "Request Timeout", 409: "Conflict", 411: "Length Required", 413: "Content Too Large", 415: "Unsupported Media Type",
-    431: "Request Header Fields Too Large", 500: "Internal Server Error", 502: "Bad Gateway", 503: "Service Unavailable",
+    200: "OK", 202: "Accepted", 400: "Bad Request", 403: "Forbidden", 404: "Not Found",
+    405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict", 411: "Length Required",
+    413: "Content Too Large", 415: "Unsupported Media Type", 431: "Request Header Fields Too Large",
+    500: "Internal Server Error", 502: "Bad Gateway", 503: "Service Unavailable",
 }  # fmt: skip
 
 
@@ -2223,7 +2302,10 @@ def write_response(channel: Channel, version: str, response: Response, keep: boo
     chunks = iter([encode_json(response.body)] if isinstance(response.body, dict) else response.body)
     first = next(chunks, b"")
     second = next(chunks, None)
-    lines = ["HTTP/%s %d %s" % (version, response.status, _REASONS.get(response.status, "")), "Content-Type: application/json"]
+    lines = [
+        "HTTP/%s %d %s" % (version, response.status, _REASONS.get(response.status, "")),
+        "Content-Type: application/json",
+    ]
     chunked = second is not None and version == "1.1"
     if second is None:
         lines.append("Content-Length: %d" % len(first))
@@ -2258,7 +2340,9 @@ def read_answer(channel: Channel, deadline: Deadline) -> Answer:
     return Answer(int(hit[2]), "1.%s" % hit[1].decode("ascii"), _parse_headers(lines))
 
 
-def read_body(channel: Channel, answer: Answer, deadline: Deadline, limit: int = MAX_ANSWER) -> Iterator[bytes]:
+def read_body(
+    channel: Channel, answer: Answer, deadline: Deadline, limit: int = MAX_ANSWER
+) -> Iterator[bytes]:
     """The body of an answer in pieces: by length, chunked, or to the end of the connection.
 
     Raises TooLarge over `limit`, and as `read_answer`.
@@ -2550,7 +2634,9 @@ class Server:
             connection.raw.do_handshake()
             return True
         except ssl.SSLError as error:
-            closed = isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)) or "EOF" in (error.reason or "")
+            closed = isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)) or "EOF" in (
+                error.reason or ""
+            )
             self._policy.note(connection.address, "silent" if closed else "tls", describe_tls_error(error))
             return False
 
@@ -2647,7 +2733,9 @@ def _resolve(address: str, port: int, deadline: Deadline) -> list:
     if not found:
         raise TransportError("%s did not resolve within %g s" % (address, deadline.seconds))
     if isinstance(found[0], Exception):
-        raise TransportError("%s did not resolve (%s)" % (address, getattr(found[0], "strerror", None) or "not a name"))
+        raise TransportError(
+            "%s did not resolve (%s)" % (address, getattr(found[0], "strerror", None) or "not a name")
+        )
     return found[0]
 
 
@@ -2668,7 +2756,9 @@ def _connect(address: str, port: int, deadline: Deadline) -> socket.socket:
     if isinstance(problem, socket.timeout):
         raise TransportError("no answer from %s port %d within %g s" % (address, port, deadline.seconds))
     if isinstance(problem, ConnectionRefusedError):
-        raise TransportError("%s port %d refused the connection" % (address, port), hint="is the agent running there?")
+        raise TransportError(
+            "%s port %d refused the connection" % (address, port), hint="is the agent running there?"
+        )
     reason = problem.strerror if problem is not None else "no address"
     raise TransportError("%s port %d is unreachable: %s" % (address, port, reason))
 
@@ -2690,7 +2780,9 @@ class Connection:
             raise TransportError("%s did not finish TLS within %g s" % (self._name, seconds)) from error
         except ssl.SSLError as error:
             self.close()
-            raise TransportError("TLS with %s failed: %s" % (self._name, describe_tls_error(error))) from error
+            raise TransportError(
+                "TLS with %s failed: %s" % (self._name, describe_tls_error(error))
+            ) from error
         except OSError as error:
             self.close()
             raise TransportError("%s closed the connection during TLS" % self._name) from error
@@ -2710,7 +2802,9 @@ class Connection:
         if cert.serial in revoked:
             raise TransportError("the certificate of %s (serial %s) is revoked" % (name, cert.serial))
 
-    def request(self, method: str, path: str, body: Optional[dict], deadline: Deadline, keep: bool = False) -> tuple:
+    def request(
+        self, method: str, path: str, body: Optional[dict], deadline: Deadline, keep: bool = False
+    ) -> tuple:
         """Send a request and read its answer whole: (status, object).
 
         Raises TransportError: `timeout` when the deadline passed, `unknown` when the connection broke after
@@ -2718,7 +2812,9 @@ class Connection:
         """
         sent = False
         try:
-            self._channel.write(encode_request(method, path, self._name.split()[0], body, keep), max(0.01, deadline.left()))
+            self._channel.write(
+                encode_request(method, path, self._name.split()[0], body, keep), max(0.01, deadline.left())
+            )
             sent = True
             answer = read_answer(self._channel, deadline)
             data = b"".join(read_body(self._channel, answer, deadline))
@@ -2738,7 +2834,7 @@ class Connection:
             raise TransportError("%s: %s" % (self._name, error.message), "unknown") from error
 
     def request_lines(self, path: str, body: dict, deadline: Deadline) -> Iterator[dict]:
-        """POST, and yield the JSON objects of the answer, one a line, as they come. Raises as its reader does."""
+        """POST, and yield the JSON objects of the answer, one a line, as they come. Raises as `read_body`."""
         self._channel.write(encode_request("POST", path, self._name.split()[0], body, True), WRITE_SECONDS)
         answer = read_answer(self._channel, deadline)
         rest = b""
@@ -2837,7 +2933,12 @@ class Hook(NamedTuple):
         LOG.event("auth", RESULT="authorised", **self._event_fields(context))
 
     def _event_fields(self, context: HookContext) -> dict:
-        return {"REQID": context.reqid, "FOR": context.action, "SCRIPT": context.script, "USERNAME": context.username}
+        return {
+            "REQID": context.reqid,
+            "FOR": context.action,
+            "SCRIPT": context.script,
+            "USERNAME": context.username,
+        }
 
     def _deny(self, context: HookContext, result: str, reason: str, code: int) -> None:
         LOG.event("auth", RESULT=result, REASON=reason, CODE=code, **self._event_fields(context))
@@ -3027,7 +3128,9 @@ def load_allowlist(path: str, profiles: dict) -> tuple:
         if line.section:
             raise ConfigError("%s: sections have no place here" % where)
         if not SCRIPT_NAME.fullmatch(line.key):
-            raise ConfigError("%s: a script name is letters, digits, _ and -, not `%s`" % (where, one_line(line.key)))
+            raise ConfigError(
+                "%s: a script name is letters, digits, _ and -, not `%s`" % (where, one_line(line.key))
+            )
         if line.key in scripts:
             raise ConfigError("%s: `%s` is there twice" % (where, line.key))
         scripts[line.key] = _parse_script(line, where, profiles, warnings)
@@ -3053,7 +3156,9 @@ def _parse_script(line: ConfigLine, where: str, profiles: dict, warnings: list) 
         raise ConfigError("%s: expected %s, not `%s`" % (where, error, one_line(path))) from None
     name = options.get("profile", "default")
     if name not in profiles:
-        raise ConfigError("%s: no [profile %s] in agent.conf%s" % (where, one_line(name), suggest(name, profiles)))
+        raise ConfigError(
+            "%s: no [profile %s] in agent.conf%s" % (where, one_line(name), suggest(name, profiles))
+        )
     schema, version = None, ""
     try:
         schema, version = load_sidecar(path)
@@ -3099,7 +3204,9 @@ def check_modes(path: str) -> None:
         status = os.lstat(part)
         mode = stat.S_IMODE(status.st_mode)
         if status.st_uid not in ours:
-            raise ScriptRefused("%s belongs to user %d, not to root or the agent's user" % (part, status.st_uid))
+            raise ScriptRefused(
+                "%s belongs to user %d, not to root or the agent's user" % (part, status.st_uid)
+            )
         sticky = stat.S_ISDIR(status.st_mode) and mode & stat.S_ISVTX
         if stat.S_ISLNK(status.st_mode):
             mode = 0  # a symlink's own mode means nothing
@@ -3123,7 +3230,9 @@ def check_script(script: Script, script_dirs: tuple, strict_modes: bool) -> str:
             raise ScriptRefused("%s is outside script_dirs" % real)
         if strict_modes:
             check_modes(real)
-            check_modes(os.path.join(os.path.realpath(os.path.dirname(script.path)), os.path.basename(script.path)))
+            check_modes(
+                os.path.join(os.path.realpath(os.path.dirname(script.path)), os.path.basename(script.path))
+            )
     except OSError as error:
         raise ScriptRefused("%s: %s" % (script.path, error.strerror)) from error
     return real
@@ -3156,9 +3265,13 @@ def find_account(profile: Profile) -> Account:
     except KeyError:
         if not user:  # a container's user without a passwd entry
             return Account(os.geteuid(), os.getegid(), (), str(os.geteuid()), "/", "/bin/sh")
-        raise ScriptRefused("profile %s: no user or group %s" % (profile.name, one_line(profile.run_as))) from None
+        raise ScriptRefused(
+            "profile %s: no user or group %s" % (profile.name, one_line(profile.run_as))
+        ) from None
     if user and os.geteuid() != 0 and (entry.pw_uid, gid) != (os.geteuid(), os.getegid()):
-        raise ScriptRefused("profile %s asks for user %s, and the agent does not run as root" % (profile.name, user))
+        raise ScriptRefused(
+            "profile %s asks for user %s, and the agent does not run as root" % (profile.name, user)
+        )
     groups = tuple(os.getgrouplist(entry.pw_name, gid))
     return Account(entry.pw_uid, gid, groups, entry.pw_name, entry.pw_dir, entry.pw_shell or "/bin/sh")
 
@@ -3167,9 +3280,13 @@ def check_profile(profile: Profile) -> Account:
     """The account to run as, if everything the profile asks for can be applied. Raises ScriptRefused."""
     for key in ("caps", "writable"):
         if getattr(profile, key):
-            raise ScriptRefused("profile %s asks for `%s`, which this version cannot apply" % (profile.name, key))
+            raise ScriptRefused(
+                "profile %s asks for `%s`, which this version cannot apply" % (profile.name, key)
+            )
     if profile.nice < 0 and os.geteuid() != 0:
-        raise ScriptRefused("profile %s asks for nice %d, and the agent does not run as root" % (profile.name, profile.nice))
+        raise ScriptRefused(
+            "profile %s asks for nice %d, and the agent does not run as root" % (profile.name, profile.nice)
+        )
     return find_account(profile)
 
 
@@ -3408,7 +3525,14 @@ def _set_no_new_privileges() -> None:
 def _reset_signals() -> None:
     """Give a new process the signal handling it expects: Python ignores SIGPIPE, and children inherit it."""
     signal.set_wakeup_fd(-1)
-    for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+    for number in (
+        signal.SIGPIPE,
+        signal.SIGXFSZ,
+        signal.SIGTERM,
+        signal.SIGINT,
+        signal.SIGHUP,
+        signal.SIGCHLD,
+    ):
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
@@ -3439,7 +3563,9 @@ def start_script(plan: _Plan) -> _Started:
             _become_script(plan, theirs[:3])
         except BaseException as error:
             code = getattr(error, "errno", None) or 0
-            os.write(theirs[3], b"%d %s" % (code, str(getattr(error, "strerror", None) or error).encode("utf-8")))
+            os.write(
+                theirs[3], b"%d %s" % (code, str(getattr(error, "strerror", None) or error).encode("utf-8"))
+            )
         finally:
             os._exit(126)
     for descriptor in theirs:
@@ -3489,8 +3615,8 @@ class _Spool:
 class _Watch:
     """Feeds a script its request, takes its output, keeps its time limit, and waits for its end.
 
-        running ──exit──→ draining (what background children still write, OUTPUT_GRACE_SECONDS) ──→ over
-           └──time limit──→ TERM to the group ──KILL_GRACE_SECONDS──→ KILL ──exit──→ draining
+    running ──exit──→ draining (what background children still write, OUTPUT_GRACE_SECONDS) ──→ over
+       └──time limit──→ TERM to the group ──KILL_GRACE_SECONDS──→ KILL ──exit──→ draining
     """
 
     def __init__(self, script: _Started, stdin: bytes, spools: tuple, rules: JobRules, seconds: int) -> None:
@@ -3618,7 +3744,7 @@ def _take_slot(rules: JobRules, script: Script, reqid: str) -> FileLock:
 
 
 def _time_limit(rules: JobRules, script: Script, asked: int) -> int:
-    """Seconds a run may take: the most specific of the agent's own limits, which a caller can only shorten."""
+    """Seconds a run may take: the most specific of the agent's own limits; a caller can only shorten it."""
     allowed = script.timeout or script.profile.timeout or rules.script_timeout
     return min(asked, allowed) if asked and allowed else asked or allowed
 
@@ -3668,7 +3794,9 @@ def run_job(rules: JobRules, request: JobRequest) -> tuple:
         except FileExistsError:
             return find_record(rules, request.owner, request.reqid), False
         environment = _script_environment(request, account)
-        record = _run_recorded(rules, request, record, _Plan(path, request.args, environment, account, script.profile))
+        record = _run_recorded(
+            rules, request, record, _Plan(path, request.args, environment, account, script.profile)
+        )
         return record, True
     finally:
         lock.release()
@@ -3715,7 +3843,9 @@ def _update_record(rules: JobRules, record: RunRecord) -> None:
 
 def _render_context(request: JobRequest, record: RunRecord) -> bytes:
     """What a script reads on stdin."""
-    context = {key: getattr(request, key) for key in ("script", "args", "reqid", "peer_ip", "username", "token")}
+    context = {
+        key: getattr(request, key) for key in ("script", "args", "reqid", "peer_ip", "username", "token")
+    }
     return encode_json(dict(context, dispatcher=request.owner, timestamp=record.started))
 
 
@@ -3727,7 +3857,12 @@ def inspect_scripts(rules: JobRules) -> list:
             executable = os.access(check_script(script, rules.script_dirs, rules.strict_modes), os.X_OK)
         except ScriptRefused:
             executable = False
-        entry = {"name": script.name, "path": script.path, "executable": executable, "profile": script.profile.name}
+        entry = {
+            "name": script.name,
+            "path": script.path,
+            "executable": executable,
+            "profile": script.profile.name,
+        }
         if script.schema is not None:
             entry.update(schema=script.schema, schema_version=script.schema_version)
         shown.append(entry)
@@ -3791,25 +3926,37 @@ def _serve_job(channel: socket.socket, rules: JobRules) -> None:
     try:
         request = _receive_job(channel)
         if request.operation == "inspect":
-            pieces: Iterable = [encode_json({"event": "answer"}) + b"\n", encode_json({"scripts": inspect_scripts(rules)})]
+            pieces: Iterable = [
+                encode_json({"event": "answer"}) + b"\n",
+                encode_json({"scripts": inspect_scripts(rules)}),
+            ]
         else:
             record, ran = run_job(rules, request)
             if record.status != "done":
                 raise Busy("request %s is running" % record.reqid)
             if ran:
-                LOG.event("run", REQID=record.reqid, SCRIPT=record.script, EXIT=record.exit, DISPATCHER=record.owner,
-                          PEER=record.peer_ip, USERNAME=record.username)  # fmt: skip
+                _log_run(record)
             head = encode_json({"event": "answer"}) + b"\n"
             pieces = _chain(head, render_result(rules, record))
     except CtrlExecError as error:
         if isinstance(error, StorageError):
             LOG.event("run-store-fail", MESSAGE=error.message)
-        refusal = {"event": "refused", "code": error.code, "status": error.http_status, "error": error.message}
+        refusal = {
+            "event": "refused",
+            "code": error.code,
+            "status": error.http_status,
+            "error": error.message,
+        }
         pieces = [encode_json(refusal) + b"\n"]
     channel.settimeout(WRITE_SECONDS)
     _send_pieces(channel, pieces)
     channel.close()
     sweep_records(rules)
+
+
+def _log_run(record: RunRecord) -> None:
+    who = {"DISPATCHER": record.owner, "PEER": record.peer_ip, "USERNAME": record.username}
+    LOG.event("run", REQID=record.reqid, SCRIPT=record.script, EXIT=record.exit, **who)
 
 
 def _chain(head: bytes, pieces: Iterable) -> Iterator[bytes]:
@@ -3927,7 +4074,9 @@ class Executor:
         status = EXIT_BUG
         try:
             _reset_signals()
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the parent, which decides
+            signal.signal(
+                signal.SIGINT, signal.SIG_IGN
+            )  # a terminal's Ctrl-C reaches the parent, which decides
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             signal.signal(signal.SIGPIPE, signal.SIG_IGN)
             listening = [listener.fileno() for listener in self._bundle.listeners]
@@ -4122,7 +4271,9 @@ def load_bundle(config_path: str, root: str, previous: Optional[Bundle]) -> Bund
         listeners = previous.listeners
     else:
         listeners = open_listeners(config.bind, config.port)
-    hook = find_hook(config.auth_hook, config.default_path(AGENT_ETC + "/auth-hook"), config.auth_hook_timeout)
+    hook = find_hook(
+        config.auth_hook, config.default_path(AGENT_ETC + "/auth-hook"), config.auth_hook_timeout
+    )
     return Bundle(config, listeners, context, rules, trusted, revoked, hook, host, iso_time(info.not_after))
 
 
@@ -4173,7 +4324,11 @@ class Front:
         raise_descriptor_limit()
         policy = ServerPolicy(self._gate.admit, self._note)
         server = Server(
-            self._bundle.listeners, self._bundle.context, self.handle, policy, self._bundle.config.max_connections
+            self._bundle.listeners,
+            self._bundle.context,
+            self.handle,
+            policy,
+            self._bundle.config.max_connections,
         )
         server.serve(self._control.fileno())
         word = self._control.recv(16)
@@ -4234,15 +4389,24 @@ class Front:
             if fields[name]:
                 raise BadRequest("`%s` is not served by this version (%s)" % (name, __version__), name)
         job = JobRequest(
-            "run", fields["reqid"], caller.dispatcher, caller.address, fields["script"], tuple(fields["args"]),
-            fields["username"], fields["token"], fields["timeout"],
+            "run", fields["reqid"], caller.dispatcher, caller.address, fields["script"],
+            tuple(fields["args"]), fields["username"], fields["token"], fields["timeout"],
         )  # fmt: skip
         if job.script not in self._bundle.rules.scripts:
             return self._refuse_run(job, "script not permitted")
         try:
             self._ask_hook(
                 caller,
-                HookContext("run", job.reqid, job.script, (self._bundle.host,), job.args, job.username, job.token, job.peer_ip),
+                HookContext(
+                    "run",
+                    job.reqid,
+                    job.script,
+                    (self._bundle.host,),
+                    job.args,
+                    job.username,
+                    job.token,
+                    job.peer_ip,
+                ),
             )
         except Denied as error:
             return self._refuse_run(job, error.message)
@@ -4252,11 +4416,15 @@ class Front:
         if event["code"] == ScriptRefused.code:
             return self._refuse_run(job, event["error"])
         LOG.event("deny", REQID=job.reqid, SCRIPT=job.script, REASON=event["error"], DISPATCHER=job.owner)
-        return Response(event["status"], {"status": event["code"], "error": event["error"], "reqid": job.reqid})
+        return Response(
+            event["status"], {"status": event["code"], "error": event["error"], "reqid": job.reqid}
+        )
 
     def _refuse_run(self, job: JobRequest, reason: str) -> Response:
         """A well-formed request for something that does not run here: 200, and exit -1 says the rest."""
-        LOG.event("deny", REQID=job.reqid, SCRIPT=job.script, REASON=reason, DISPATCHER=job.owner, PEER=job.peer_ip)
+        LOG.event(
+            "deny", REQID=job.reqid, SCRIPT=job.script, REASON=reason, DISPATCHER=job.owner, PEER=job.peer_ip
+        )
         body = {"script": job.script, "exit": -1, "stdout": "", "stderr": "", "reqid": job.reqid}
         return Response(200, dict(body, host=self._bundle.host, error=reason))
 
@@ -4286,7 +4454,12 @@ class Front:
         try:
             event = json.loads(reader.read_until(b"\n", 65536, Deadline(WRITE_SECONDS)))
         except (OSError, ValueError):
-            event = {"event": "refused", "code": "unavailable", "status": 503, "error": "the run could not be started"}
+            event = {
+                "event": "refused",
+                "code": "unavailable",
+                "status": 503,
+                "error": "the run could not be started",
+            }
         return event, _relay(ours, reader)
 
 
@@ -4319,7 +4492,9 @@ def serve_agent(config_path: str, root: str) -> int:
         bundle = load_bundle(config_path, root, previous)
         if previous is None:
             port = bundle.listeners[0].getsockname()[1]
-            LOG.event("start", VERSION=__version__, PORT=port, HOST=bundle.host, SCRIPTS=len(bundle.rules.scripts))
+            LOG.event(
+                "start", VERSION=__version__, PORT=port, HOST=bundle.host, SCRIPTS=len(bundle.rules.scripts)
+            )
         return bundle
 
     try:
@@ -4355,7 +4530,11 @@ def check_agent(config: Config) -> list:
     findings = [Finding("WARN", warning) for warning in config.warnings]
     findings.append(Finding("OK", "configuration %s" % config.path))
     openssl, identity = OpenSSL(), agent_identity(config)
-    info = try_check(findings, "identity %s" % identity.cert, lambda: check_identity(openssl, identity, "sslserver", AGENT_USER))
+    info = try_check(
+        findings,
+        "identity %s" % identity.cert,
+        lambda: check_identity(openssl, identity, "sslserver", AGENT_USER),
+    )
     if info is not None:
         findings.append(check_expiry(identity.cert, info))
     trusted = try_check(findings, "trust map", lambda: load_trust_map(config.trusted_dispatchers_path))
@@ -4370,8 +4549,12 @@ def check_agent(config: Config) -> list:
             try_check(findings, "script %s" % script.name, lambda: _check_runnable(script, rules))
             account = script.profile.run_as or ("root" if os.geteuid() == 0 else "")
             if account == "root":
-                findings.append(Finding("WARN", "script %s runs as root" % script.name, "give it a profile with run_as"))
-    hook = find_hook(config.auth_hook, config.default_path(AGENT_ETC + "/auth-hook"), config.auth_hook_timeout)
+                findings.append(
+                    Finding("WARN", "script %s runs as root" % script.name, "give it a profile with run_as")
+                )
+    hook = find_hook(
+        config.auth_hook, config.default_path(AGENT_ETC + "/auth-hook"), config.auth_hook_timeout
+    )
     if hook is not None:
         try_check(findings, "auth hook %s" % hook.path, lambda: check_hook(hook))
     return findings
@@ -4408,12 +4591,19 @@ def ping_self(config: Config) -> CertInfo:
                         raise TransportError("port %d closed the connection" % config.port) from None
                     incoming.write(data)
     except ssl.SSLError as error:
-        raise TransportError("TLS with port %d failed: %s" % (config.port, describe_tls_error(error))) from error
+        raise TransportError(
+            "TLS with port %d failed: %s" % (config.port, describe_tls_error(error))
+        ) from error
     except OSError as error:
-        raise TransportError("port %d: %s" % (config.port, error.strerror or error), hint="is the agent running?") from error
+        raise TransportError(
+            "port %d: %s" % (config.port, error.strerror or error), hint="is the agent running?"
+        ) from error
     shown = parse_serial(tls.getpeercert()["serialNumber"])
     if shown != info.serial:
-        raise TrustError("port %d shows certificate %s, and %s is on disk" % (config.port, shown, info.serial), "reload the agent")
+        raise TrustError(
+            "port %d shows certificate %s, and %s is on disk" % (config.port, shown, info.serial),
+            "reload the agent",
+        )
     return info
 
 
@@ -4487,7 +4677,9 @@ def list_agent_names(directory: str) -> list:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise StorageError("cannot read the registry %s: %s" % (directory, error.strerror), "run this as root") from error
+        raise StorageError(
+            "cannot read the registry %s: %s" % (directory, error.strerror), "run this as root"
+        ) from error
     names = []
     for file in files:
         if file.endswith(".json") and not file.startswith("."):
@@ -4511,7 +4703,9 @@ def get_agent(directory: str, name: str) -> Agent:
     """One agent. Raises UnknownHost with the nearest names."""
     agent = find_agent(directory, name) if HOST_NAME.fullmatch(name) else None
     if agent is None:
-        raise UnknownHost("unknown host: %s%s" % (one_line(name[:300]), suggest(name, list_agent_names(directory))))
+        raise UnknownHost(
+            "unknown host: %s%s" % (one_line(name[:300]), suggest(name, list_agent_names(directory)))
+        )
     return agent
 
 
@@ -4553,7 +4747,9 @@ def check_free_name(directory: str, name: str) -> None:
     """Raise TrustError when a name is taken, also by one that differs in upper and lower case only."""
     for known in list_agent_names(directory):
         if known.lower() == name.lower():
-            raise TrustError("%s is paired already" % known, "to give its place to the new one: approve --replace")
+            raise TrustError(
+                "%s is paired already" % known, "to give its place to the new one: approve --replace"
+            )
 
 
 # --- which hosts are meant ------------------------------------------------------------------------------
@@ -4621,7 +4817,9 @@ def select_agents(directory: str, selection: Selection) -> list:
             raise StorageError(problems[0], "name the other hosts one by one, or mend the file")
         chosen = {agent.name: agent for agent in agents}
     else:
-        names = list_agent_names(directory) if any(c in word for word in selection.words for c in "*?[") else []
+        names = (
+            list_agent_names(directory) if any(c in word for word in selection.words for c in "*?[") else []
+        )
         for word in selection.words:
             for agent in _match_word(directory, word, names):
                 chosen.setdefault(agent.name, agent)
@@ -4676,8 +4874,8 @@ class HostLocks:
         for host in self._hosts:
             lock = FileLock(_lock_path(self._directory, host, self._script), transient=True)
             if lock.acquire() or _acquire_again(lock):
-                lock.write(json.dumps({"host": host, "script": self._script, "pid": os.getpid(), "reqid": self._reqid,
-                                       "since": iso_time(now())}))  # fmt: skip
+                holder = {"host": host, "script": self._script, "reqid": self._reqid}
+                lock.write(json.dumps(dict(holder, pid=os.getpid(), since=iso_time(now()))))
                 self._held.append(lock)
             else:
                 conflicts.append("%s:%s" % (host, self._script))
@@ -4821,7 +5019,9 @@ class _Offered(NamedTuple):
 class PairingFront:
     """Talks to agents. It has no privileges and no files: what it learns goes to the desk."""
 
-    def __init__(self, terms: PairingTerms, openssl: OpenSSL, control: socket.socket, gate: AddressGate) -> None:
+    def __init__(
+        self, terms: PairingTerms, openssl: OpenSSL, control: socket.socket, gate: AddressGate
+    ) -> None:
         self._terms = terms
         self._openssl = openssl
         self._control = control
@@ -4849,7 +5049,11 @@ class PairingFront:
             return route.handle(peer, request)
         except (BadRequest, TrustError, Unavailable) as error:
             LOG.event("pair-reject", PEER=peer.address, REASON=error.message)
-            return Response(503 if isinstance(error, Unavailable) else 400, {"status": "denied", "reason": error.message}, True)
+            return Response(
+                503 if isinstance(error, Unavailable) else 400,
+                {"status": "denied", "reason": error.message},
+                True,
+            )
 
     def _offer(self, peer: Peer, request: Request) -> Response:
         self._gate.count(peer.address, "volume")
@@ -4861,10 +5065,16 @@ class PairingFront:
             raise BadRequest("this agent does not commit to its request; see --allow-legacy", "commit")
         self._openssl.check_request(fields["csr"])
         waiting = PairingRequest(
-            reqid=new_id(), peer=peer.address, agent_nonce="", dispatcher_nonce=new_id(NONCE_BYTES), legacy=legacy,
+            reqid=new_id(),
+            peer=peer.address,
+            agent_nonce="",
+            dispatcher_nonce=new_id(NONCE_BYTES),
+            legacy=legacy,
             **fields,
-        )  # fmt: skip
-        LOG.event("pair-request", REQID=waiting.reqid, PEER=peer.address, NAME=waiting.hostname, LEGACY=legacy)
+        )
+        LOG.event(
+            "pair-request", REQID=waiting.reqid, PEER=peer.address, NAME=waiting.hostname, LEGACY=legacy
+        )
         pending = {"status": "pending", "reqid": waiting.reqid}
         if legacy:
             return Response(200, self._legacy_lines(pending, peer, waiting), True)
@@ -4875,7 +5085,9 @@ class PairingFront:
                 raise Unavailable("too many pairing requests at once")
             self._offered[waiting.reqid] = _Offered(waiting, commit, peer.sock, Deadline(HANDSHAKE_SECONDS))
         pending.update(dispatcher_nonce=waiting.dispatcher_nonce, ca=self._terms.ca)
-        pending.update(dispatcher_id=self._terms.dispatcher_id, dispatcher_serial=self._terms.dispatcher_serial)
+        pending.update(
+            dispatcher_id=self._terms.dispatcher_id, dispatcher_serial=self._terms.dispatcher_serial
+        )
         return Response(200, pending)
 
     def _reveal(self, peer: Peer, request: Request) -> Response:
@@ -4887,7 +5099,9 @@ class PairingFront:
         waiting = offered.request
         if not _is_opened(offered.commit, fields["reveal"], waiting.offer()):
             LOG.event("pair-tamper", REQID=waiting.reqid, PEER=peer.address, NAME=waiting.hostname)
-            return Response(403, {"status": "denied", "reason": "the reveal does not match the commitment"}, True)
+            return Response(
+                403, {"status": "denied", "reason": "the reveal does not match the commitment"}, True
+            )
         waiting = waiting._replace(agent_nonce=fields["reveal"], token_proof=fields["token_proof"])
         decision = self._wait_for_decision(peer, waiting)
         if decision["status"] == "approved":
@@ -4966,7 +5180,9 @@ def run_pairing_front(
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)  # the desk decides when to stop
         os.setsid()
-        close_descriptors([control.fileno(), LOG.descriptor(), *(listener.fileno() for listener in listeners)])
+        close_descriptors(
+            [control.fileno(), LOG.descriptor(), *(listener.fileno() for listener in listeners)]
+        )
         gate = AddressGate((), rate, rate, disabled)
         status = PairingFront(terms, OpenSSL(), control, gate).run(listeners, context)
     except BaseException as error:
@@ -4993,7 +5209,9 @@ def new_token(directory: str, ttl: int, uses: int, name: str) -> str:
     import base64
 
     make_directory(directory, 0o700)
-    token = PairingToken(new_id(4), base64.b32encode(os.urandom(20)).decode("ascii").lower(), now() + ttl, uses, name)
+    token = PairingToken(
+        new_id(4), base64.b32encode(os.urandom(20)).decode("ascii").lower(), now() + ttl, uses, name
+    )
     path = os.path.join(directory, token.token_id + ".json")
     write_atomic(path, encode_state(token._asdict()), mode=0o600, durable=True)
     return "%s.%s" % (token.token_id, token.secret)
@@ -5017,10 +5235,16 @@ def use_token(directory: str, terms: PairingTerms, request: PairingRequest) -> s
         import fnmatch
 
         known = is_same_secret(proof, request.token_proof)
-        if not known or token.expires < now() or (token.name and not fnmatch.fnmatchcase(request.hostname, token.name)):
+        if (
+            not known
+            or token.expires < now()
+            or (token.name and not fnmatch.fnmatchcase(request.hostname, token.name))
+        ):
             raise refused
         if token.uses > 1:
-            write_atomic(path, encode_state(token._replace(uses=token.uses - 1)._asdict()), mode=0o600, durable=True)
+            write_atomic(
+                path, encode_state(token._replace(uses=token.uses - 1)._asdict()), mode=0o600, durable=True
+            )
         else:
             os.unlink(path)
     return token.secret
@@ -5064,13 +5288,15 @@ def _is_desk_open(directory: str, desk: str) -> bool:
 
 
 def load_pairing_requests(config: Config) -> list:
-    """The requests that wait for a decision, oldest first; files that a killed pairing-mode left are removed."""
+    """The requests that wait for a decision, oldest first; what a killed pairing-mode left is removed."""
     try:
         files = os.listdir(config.pairing_dir)
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise StorageError("cannot read %s: %s" % (config.pairing_dir, error.strerror), "run this as root") from error
+        raise StorageError(
+            "cannot read %s: %s" % (config.pairing_dir, error.strerror), "run this as root"
+        ) from error
     waiting = []
     for file in files:
         if not file.endswith(".json"):
@@ -5078,7 +5304,9 @@ def load_pairing_requests(config: Config) -> list:
         request = find_pairing_request(config.pairing_dir, file[: -len(".json")])
         if request is None or request.status != "pending":
             continue
-        if now() - request.received > config.pairing_timeout or not _is_desk_open(config.pairing_dir, request.desk):
+        if now() - request.received > config.pairing_timeout or not _is_desk_open(
+            config.pairing_dir, request.desk
+        ):
             os.unlink(_request_path(config.pairing_dir, request.reqid))
         else:
             waiting.append(request)
@@ -5107,7 +5335,9 @@ def dispatcher_identity(config: Config) -> Identity:
     return Identity(config.cert, config.key, config.ca)
 
 
-def approve_pairing(config: Config, openssl: OpenSSL, request: PairingRequest, approval: Approval, secret: str = "") -> Agent:
+def approve_pairing(
+    config: Config, openssl: OpenSSL, request: PairingRequest, approval: Approval, secret: str = ""
+) -> Agent:
     """Sign the request that was shown, register the agent, and leave the certificate for the desk to send.
 
     The certificate's name is the approved one and nothing else comes from the request but its key. Raises
@@ -5124,18 +5354,29 @@ def approve_pairing(config: Config, openssl: OpenSSL, request: PairingRequest, a
         replaced = find_agent(config.registry_dir, name) if approval.replace else None
         if replaced is None:
             check_free_name(config.registry_dir, name)
-        certificate = openssl.sign(request.csr, name, "agent", config.cert_days, config.ca, ca_key_path(config.ca))
+        certificate = openssl.sign(
+            request.csr, name, "agent", config.cert_days, config.ca, ca_key_path(config.ca)
+        )
         info = openssl.parse_certificate(certificate.encode("ascii"))
         agent = Agent(
-            name, request.hostname, approval.ip or request.ip or request.peer, approval.port or request.port or AGENT_PORT,
-            approval.lookup_by or request.lookup_by or "ip", name, info.serial, iso_time(info.not_after), iso_time(now()),
-            request.reqid,
-        )  # fmt: skip
+            name=name,
+            hostname=request.hostname,
+            ip=approval.ip or request.ip or request.peer,
+            port=approval.port or request.port or AGENT_PORT,
+            lookup_by=approval.lookup_by or request.lookup_by or "ip",
+            cert_name=name,
+            serial=info.serial,
+            expiry=iso_time(info.not_after),
+            paired=iso_time(now()),
+            reqid=request.reqid,
+        )
         save_agent(config.registry_dir, agent)
         if replaced is not None and replaced.serial:
             add_revoked(config.revoked_serials, [replaced.serial], "replaced: %s" % name)
         terms = build_terms(config, openssl, request.desk)
-        proof = token_proof(secret, "dispatcher", build_secrets(terms, request), certificate) if secret else ""
+        proof = (
+            token_proof(secret, "dispatcher", build_secrets(terms, request), certificate) if secret else ""
+        )
         decided = request._replace(status="approved", certificate=certificate, answer_proof=proof)
         write_pairing_request(config.pairing_dir, decided)
     LOG.event("pair-approve", REQID=request.reqid, NAME=name, SERIAL=info.serial, PEER=request.peer)
@@ -5214,7 +5455,9 @@ class PairingDesk:
                 reader, deadline = Channel(channel), Deadline(2)
                 size = int.from_bytes(reader.read_exactly(4, deadline), "big")
                 values = parse_json(reader.read_exactly(min(size, MAX_PAIRING_BODY), deadline))
-                request = PairingRequest(**values)._replace(received=now(), desk=self._terms.desk, status="pending")
+                request = PairingRequest(**values)._replace(
+                    received=now(), desk=self._terms.desk, status="pending"
+                )
                 if not REQUEST_ID.fullmatch(request.reqid):
                     raise BadRequest("reqid")
             except (OSError, TypeError, CtrlExecError):
@@ -5235,7 +5478,13 @@ class PairingDesk:
                 raise PairingDenied("the queue is full (%d requests wait)" % waiting)
             write_pairing_request(self._config.pairing_dir, request)
         except CtrlExecError as error:
-            LOG.event("pair-reject", REQID=request.reqid, PEER=request.peer, NAME=request.hostname, REASON=error.message)
+            LOG.event(
+                "pair-reject",
+                REQID=request.reqid,
+                PEER=request.peer,
+                NAME=request.hostname,
+                REASON=error.message,
+            )
             self._answer(request.reqid, {"status": "denied", "reason": error.message})
             self._remove(request.reqid)
 
@@ -5244,8 +5493,15 @@ class PairingDesk:
         if request is None:
             self._answer(reqid, {"status": "denied", "reason": "the request was removed"})
         elif request.status == "approved":
-            body = {"status": "approved", "cert": request.certificate, "ca": self._terms.ca, "nonce": request.nonce}
-            body.update(dispatcher_serial=self._terms.dispatcher_serial, dispatcher_id=self._terms.dispatcher_id)
+            body = {
+                "status": "approved",
+                "cert": request.certificate,
+                "ca": self._terms.ca,
+                "nonce": request.nonce,
+            }
+            body.update(
+                dispatcher_serial=self._terms.dispatcher_serial, dispatcher_id=self._terms.dispatcher_id
+            )
             if request.answer_proof:
                 body["token_proof"] = request.answer_proof
             self._answer(reqid, body)
@@ -5255,7 +5511,9 @@ class PairingDesk:
             self._remove(reqid)
         elif now() - request.received > self._terms.timeout:
             LOG.event("pair-timeout", REQID=reqid, NAME=request.hostname)
-            self._answer(reqid, {"status": "denied", "reason": "nobody decided within %d s" % self._terms.timeout})
+            self._answer(
+                reqid, {"status": "denied", "reason": "nobody decided within %d s" % self._terms.timeout}
+            )
             self._remove(reqid)
 
     def _answer(self, reqid: str, body: dict) -> None:
@@ -5286,7 +5544,9 @@ def open_desk(config: Config, allow_legacy: bool) -> tuple:
     """Start pairing mode: (desk, terms, port). Raises TrustError, ConfigError, StorageError."""
     openssl = OpenSSL()
     if not os.path.exists(ca_key_path(config.ca)):
-        raise TrustError("%s: no such file" % ca_key_path(config.ca), "ced setup-ca, or pair on the host that has the CA")
+        raise TrustError(
+            "%s: no such file" % ca_key_path(config.ca), "ced setup-ca, or pair on the host that has the CA"
+        )
     group = find_service_owner(DISPATCHER_USER)
     make_directory(config.pairing_dir, 0o770, None if group is None else Owner(0, group.gid))
     terms = build_terms(config, openssl, new_id(), allow_legacy)
@@ -5322,7 +5582,7 @@ class PairingSession:
     """An agent's conversation with pairing-mode, from the offer to the stored certificate."""
 
     def __init__(self, config: Config, wish: PairingWish, openssl: OpenSSL) -> None:
-        """Connect, send the offer and the commitment, and compute the code. Nothing is stored yet but our key.
+        """Connect, send offer and commitment, and compute the code. Nothing is stored yet but our key.
 
         Raises TransportError, PairingDenied, StorageError, ProgramError.
         """
@@ -5359,20 +5619,27 @@ class PairingSession:
     def _take_pending(self, pending: dict) -> None:
         """Step 2: learn who the dispatcher says it is, and what code that makes."""
         if pending.get("status") != "pending":
-            raise PairingDenied("the dispatcher refused: %s" % one_line(str(pending.get("reason", "no reason given"))[:300]))
+            raise PairingDenied(
+                "the dispatcher refused: %s" % one_line(str(pending.get("reason", "no reason given"))[:300])
+            )
         self.reqid = str(pending.get("reqid", ""))
         if not REQUEST_ID.fullmatch(self.reqid):
             raise PairingDenied("the dispatcher's answer has no request id")
         self.legacy = "dispatcher_nonce" not in pending
         if self.legacy:
             if not self._wish.allow_legacy or self._wish.token:
-                hint = "if that is expected: --allow-legacy (and read in the README what the code then does not prove)"
+                hint = (
+                    "if that is expected: --allow-legacy; the README says what the code then does not prove"
+                )
                 raise PairingDenied("the dispatcher does not know the commitment protocol", hint)
             self.code = legacy_pairing_code(self._offer.csr)
             return
         for rest in self._lines:
             raise PairingDenied("the dispatcher said more than its first answer")
-        texts = [str(pending.get(key, "")) for key in ("dispatcher_nonce", "ca", "dispatcher_id", "dispatcher_serial")]
+        texts = [
+            str(pending.get(key, ""))
+            for key in ("dispatcher_nonce", "ca", "dispatcher_id", "dispatcher_serial")
+        ]
         self._secrets = PairingSecrets(self._offer, self._agent_nonce, *texts)
         try:
             if len(bytes.fromhex(texts[0])) != NONCE_BYTES or texts[0] == self._agent_nonce:
@@ -5408,7 +5675,9 @@ class PairingSession:
         except TransportError as error:
             self._connection.close()
             if error.state == "timeout":
-                raise PairingTimeout("nobody approved request %s within %g s" % (self.reqid, seconds)) from error
+                raise PairingTimeout(
+                    "nobody approved request %s within %g s" % (self.reqid, seconds)
+                ) from error
             raise PairingDenied("the exchange broke off: %s" % error.message) from error
         return self._accept(decision)
 
@@ -5417,7 +5686,10 @@ class PairingSession:
         if decision.get("status") != "approved":
             reason = one_line(str(decision.get("reason", "no reason given"))[:300])
             raise PairingDenied("request %s was denied: %s" % (self.reqid, reason))
-        texts = {key: str(decision.get(key, "")) for key in ("cert", "ca", "nonce", "dispatcher_serial", "dispatcher_id")}
+        texts = {
+            key: str(decision.get(key, ""))
+            for key in ("cert", "ca", "nonce", "dispatcher_serial", "dispatcher_id")
+        }
         try:
             if not is_same_secret(texts["nonce"], self._offer.nonce):
                 raise ValueError("it is not the answer to our request")
@@ -5605,12 +5877,16 @@ def check_run_request(request: RunRequest) -> None:
     """Raise UsageError for what no agent would take, before anything is asked or sent."""
     if not SCRIPT_NAME.fullmatch(request.script):
         shown = one_line(request.script[:80])
-        raise UsageError("`%s` is not a script name (letters, digits, _ and -, at most %d)" % (shown, MAX_SCRIPT_NAME))
+        raise UsageError(
+            "`%s` is not a script name (letters, digits, _ and -, at most %d)" % (shown, MAX_SCRIPT_NAME)
+        )
     for number, argument in enumerate(request.args, 1):
         try:
             argument.encode("utf-8")
         except UnicodeEncodeError:
-            raise UsageError("argument %d is not UTF-8" % number, "pass it encoded, for instance as base64") from None
+            raise UsageError(
+                "argument %d is not UTF-8" % number, "pass it encoded, for instance as base64"
+            ) from None
         if "\0" in argument:
             raise UsageError("argument %d has a NUL byte" % number)
     if len(encode_json({"args": request.args})) > MAX_BODY - 16384:
@@ -5626,7 +5902,10 @@ class Dispatcher:
         self._context = new_client_context(dispatcher_identity(config))
         self._revoked = load_revoked(config.revoked_serials)
         hook = find_hook(
-            config.auth_hook, config.default_path(ETC + "/auth-hook"), config.auth_hook_timeout, config.auth_deny_generic
+            config.auth_hook,
+            config.default_path(ETC + "/auth-hook"),
+            config.auth_hook_timeout,
+            config.auth_deny_generic,
         )
         self._hook = hook
 
@@ -5637,9 +5916,13 @@ class Dispatcher:
         """Ask the hook, if there is one. Raises Denied."""
         if self._hook is not None:
             serial = OpenSSL().read_certificate(self._config.cert).serial
-            self._hook.decide(context._replace(dispatcher=self._config.dispatcher_id, dispatcher_serial=serial))
+            self._hook.decide(
+                context._replace(dispatcher=self._config.dispatcher_id, dispatcher_serial=serial)
+            )
 
-    def _call(self, agent: Agent, reqid: str, method: str, path: str, body: Optional[dict], judge: Callable) -> HostResult:
+    def _call(
+        self, agent: Agent, reqid: str, method: str, path: str, body: Optional[dict], judge: Callable
+    ) -> HostResult:
         """One request to one host, whatever happens, as a result."""
         began = time.monotonic()
         config = self._config
@@ -5726,13 +6009,24 @@ class Dispatcher:
         def work(agent: Agent) -> HostResult:
             result = self._call(agent, request.reqid, "POST", "/run", body, _judge_run)
             if result.state in ("timeout", "unknown"):
-                hint = "the script may still run there; its result is kept on the host under request id " + result.reqid
+                hint = (
+                    "the script may still run there; its result is kept on the host under request id "
+                    + result.reqid
+                )
                 result = result._replace(hint=hint)
             return result
 
         make_directory(self._config.lock_dir, 0o770)
-        with HostLocks(self._config.lock_dir, [agent.name for agent in agents], request.script, request.reqid):
-            LOG.event("dispatch", REQID=request.reqid, SCRIPT=request.script, HOSTS=len(agents), USERNAME=request.username)
+        with HostLocks(
+            self._config.lock_dir, [agent.name for agent in agents], request.script, request.reqid
+        ):
+            LOG.event(
+                "dispatch",
+                REQID=request.reqid,
+                SCRIPT=request.script,
+                HOSTS=len(agents),
+                USERNAME=request.username,
+            )
             yield from self._each(agents, "run", work)
 
 
@@ -5781,7 +6075,9 @@ def edit_agent(config: Config, name: str, edit: AgentEdit) -> Agent:
             remove_agent(config.registry_dir, agent.name)
         else:
             save_agent(config.registry_dir, changed)
-    LOG.event("edit-agent", NAME=name, RENAME=edit.rename, IP=edit.ip, PORT=edit.port, LOOKUP_BY=edit.lookup_by)
+    LOG.event(
+        "edit-agent", NAME=name, RENAME=edit.rename, IP=edit.ip, PORT=edit.port, LOOKUP_BY=edit.lookup_by
+    )
     return changed
 
 
@@ -5797,17 +6093,23 @@ def check_dispatcher(config: Config) -> list:
     if ca is not None:
         findings.append(check_expiry(config.ca, ca))
         if os.path.exists(ca_key_path(config.ca)):
-            try_check(findings, "CA key %s" % ca_key_path(config.ca), lambda: check_key_mode(ca_key_path(config.ca)))
+            try_check(
+                findings, "CA key %s" % ca_key_path(config.ca), lambda: check_key_mode(ca_key_path(config.ca))
+            )
         else:
             findings.append(Finding("WARN", "no CA key here: this host can run scripts, but pair nobody"))
-    own = try_check(findings, "identity %s" % identity.cert, lambda: check_identity(openssl, identity, "sslclient"))
+    own = try_check(
+        findings, "identity %s" % identity.cert, lambda: check_identity(openssl, identity, "sslclient")
+    )
     if own is not None:
         findings.append(check_expiry(identity.cert, own))
     revoked = try_check(findings, "revocation list", lambda: load_revoked(config.revoked_serials))
     hook = find_hook(config.auth_hook, config.default_path(ETC + "/auth-hook"), config.auth_hook_timeout)
     if hook is not None:
         try_check(findings, "auth hook %s" % hook.path, lambda: check_hook(hook))
-    registry = try_check(findings, "registry %s" % config.registry_dir, lambda: load_agents(config.registry_dir))
+    registry = try_check(
+        findings, "registry %s" % config.registry_dir, lambda: load_agents(config.registry_dir)
+    )
     if registry is not None:
         agents, problems = registry
         findings += [Finding("FAIL", problem, "mend it, or pair the host again") for problem in problems]
@@ -5829,9 +6131,15 @@ def days_left(expiry: str) -> Optional[int]:
 def _check_registered(agent: Agent, revoked: frozenset) -> Iterator[Finding]:
     days = days_left(agent.expiry)
     if agent.serial in revoked:
-        yield Finding("FAIL", "%s: its certificate is revoked" % agent.name, "ced unpair %s, and pair it again" % agent.name)
+        yield Finding(
+            "FAIL",
+            "%s: its certificate is revoked" % agent.name,
+            "ced unpair %s, and pair it again" % agent.name,
+        )
     if days is not None and days < 0:
-        yield Finding("FAIL", "%s: its certificate has expired" % agent.name, "pair it again: approve --replace")
+        yield Finding(
+            "FAIL", "%s: its certificate has expired" % agent.name, "pair it again: approve --replace"
+        )
     elif days is not None and days < 30:
         yield Finding("WARN", "%s: its certificate expires in %d days" % (agent.name, days))
 
@@ -5879,7 +6187,9 @@ def _render_table(headings: tuple, rows: list, colours: Optional[dict] = None) -
     lines.append("  ".join("-" * width for width in widths))
     for number, row in enumerate(cells):
         padded = [cell.ljust(width) for cell, width in zip(row, widths)]
-        painted = [_paint(cell, (colours or {}).get((number, column), "")) for column, cell in enumerate(padded)]
+        painted = [
+            _paint(cell, (colours or {}).get((number, column), "")) for column, cell in enumerate(padded)
+        ]
         lines.append("  ".join(painted).rstrip())
     return "\n".join(lines)
 
@@ -5904,7 +6214,10 @@ def _report_findings(findings: list, as_json: bool) -> int:
     colours = {"OK": "green", "WARN": "yellow", "FAIL": "red"}
     for finding in findings:
         hint = "  (%s)" % finding.hint if finding.hint and finding.level != "OK" else ""
-        say("%s  %s%s" % (_paint(finding.level.ljust(4), colours[finding.level]), one_line(finding.what), hint))
+        say(
+            "%s  %s%s"
+            % (_paint(finding.level.ljust(4), colours[finding.level]), one_line(finding.what), hint)
+        )
     return int(failed)
 
 
@@ -5912,7 +6225,9 @@ def _report_findings(findings: list, as_json: bool) -> int:
 
 
 def cmd_setup_ca(args: Any, config: Config) -> int:
-    info = new_ca(OpenSSL(), config.ca, config.key_type, args.name or "ctrl-exec CA of " + config.dispatcher_id[:40])
+    info = new_ca(
+        OpenSSL(), config.ca, config.key_type, args.name or "ctrl-exec CA of " + config.dispatcher_id[:40]
+    )
     der = read_certificate_der(config.ca)
     say("CA made: %s, valid until %s" % (config.ca, iso_time(info.not_after)))
     say("its key: %s (keep it here, and keep a copy in a safe)" % ca_key_path(config.ca))
@@ -5924,9 +6239,16 @@ def cmd_setup_ctrl_exec(args: Any, config: Config) -> int:
     if not os.path.exists(config.ca):
         raise TrustError("%s: no such file" % config.ca, "first: ced setup-ca")
     identity = dispatcher_identity(config)
-    info = new_dispatcher_identity(OpenSSL(), identity, config.dispatcher_id, config.key_type, config.cert_days)
+    info = new_dispatcher_identity(
+        OpenSSL(), identity, config.dispatcher_id, config.key_type, config.cert_days
+    )
     group = find_service_owner(DISPATCHER_USER)
-    for path, mode in ((config.registry_dir, 0o750), (config.lock_dir, 0o770), (config.runs_dir, 0o750), (config.pairing_dir, 0o770)):
+    for path, mode in (
+        (config.registry_dir, 0o750),
+        (config.lock_dir, 0o770),
+        (config.runs_dir, 0o750),
+        (config.pairing_dir, 0o770),
+    ):
         make_directory(path, mode, None if group is None else Owner(0, group.gid))
     say("dispatcher %s: certificate %s" % (config.dispatcher_id, identity.cert))
     say("serial %s, valid until %s" % (info.serial, iso_time(info.not_after)))
@@ -5937,7 +6259,9 @@ def cmd_setup_ctrl_exec(args: Any, config: Config) -> int:
 def cmd_list_agents(args: Any, config: Config) -> int:
     agents, problems = load_agents(config.registry_dir)
     tags = _parse_tags(args.tags)
-    agents = [agent for agent in agents if all(str(agent.tags.get(key)) == value for key, value in tags.items())]
+    agents = [
+        agent for agent in agents if all(str(agent.tags.get(key)) == value for key, value in tags.items())
+    ]
     for problem in problems:
         _warn("ced: " + problem)
     if args.json:
@@ -5985,7 +6309,11 @@ def cmd_list_locks(args: Any, config: Config) -> int:
         _say_json({"ok": True, "locks": locks})
         return 0
     keys = ("host", "script", "reqid", "pid", "since")
-    say(_render_table(tuple(key.upper() for key in keys), [tuple(lock.get(key, "-") for key in keys) for lock in locks]))
+    say(
+        _render_table(
+            tuple(key.upper() for key in keys), [tuple(lock.get(key, "-") for key in keys) for lock in locks]
+        )
+    )
     return 0
 
 
@@ -6008,10 +6336,17 @@ def cmd_list_requests(args: Any, config: Config) -> int:
     terms = build_terms(config, OpenSSL(), "")
     if args.json:
         shown = [
-            {"id": request.reqid, "hostname": request.hostname, "peer": request.peer, "port": request.port,
-             "code": request_code(terms, request), "received": iso_time(request.received), "legacy": request.legacy}
+            {
+                "id": request.reqid,
+                "hostname": request.hostname,
+                "peer": request.peer,
+                "port": request.port,
+                "code": request_code(terms, request),
+                "received": iso_time(request.received),
+                "legacy": request.legacy,
+            }
             for request in requests
-        ]  # fmt: skip
+        ]
         _say_json({"ok": True, "requests": shown})
         return 0
     rows = [
@@ -6026,7 +6361,9 @@ def cmd_list_requests(args: Any, config: Config) -> int:
 def cmd_approve(args: Any, config: Config) -> int:
     openssl = OpenSSL()
     request = get_pairing_request(config, args.id)
-    approval = Approval(args.name or "", args.ip or "", args.agent_port or 0, args.lookup_by or "", args.replace)
+    approval = Approval(
+        args.name or "", args.ip or "", args.agent_port or 0, args.lookup_by or "", args.replace
+    )
     agent = approve_pairing(config, openssl, request, approval)
     code = request_code(build_terms(config, openssl, ""), request)
     say("approved: %s at %s port %d, code %s" % (agent.name, agent.address(), agent.port, _spaced(code)))
@@ -6049,7 +6386,10 @@ def cmd_pairing_token(args: Any, config: Config) -> int:
         _say_json({"ok": True, "token": token, "ttl": args.ttl, "uses": args.uses, "name": pattern})
         return 0
     say(token)
-    _warn("valid for %d s and %d use%s, while `ced pairing-mode` runs" % (args.ttl, args.uses, "" if args.uses == 1 else "s"))
+    _warn(
+        "valid for %d s and %d use%s, while `ced pairing-mode` runs"
+        % (args.ttl, args.uses, "" if args.uses == 1 else "s")
+    )
     return 0
 
 
@@ -6065,7 +6405,7 @@ class _PairingPrompt:
         self._input = b""
 
     def run(self) -> None:
-        """Until `quit`, SIGINT or SIGTERM. Without input (a service, a script) it only keeps the port open."""
+        """Until `quit`, SIGINT or SIGTERM. Without input (as a service) it only keeps the port open."""
         descriptors = [] if sys.stdin is None else [sys.stdin.fileno()]
         while True:
             try:
@@ -6139,8 +6479,8 @@ def cmd_pairing_mode(args: Any, config: Config) -> int:
     LOG.event("pairing-mode-start", PORT=port, LEGACY=args.allow_legacy)
     say("pairing mode on port %d; CA fingerprint %s" % (port, fingerprint(read_certificate_der(config.ca))))
     if args.allow_legacy:
-        say("warning: older agents are served. Their code is a hash of their request alone: somebody in the middle can"
-             " find another request with the same code in a second. Use it on a network you trust.")  # fmt: skip
+        say("warning: older agents are served. Their code is a hash of their request alone, and somebody in")
+        say("the middle finds another request with the same code in a second: only on a network you trust.")
     say("on each host: cea request-pairing --dispatcher THIS-HOST     (here: quit or Ctrl-C to stop)")
     try:
         _PairingPrompt(config, desk, terms).run()
@@ -6188,7 +6528,9 @@ def _build_selection(args: Any, words: list) -> Selection:
     if args.all and hosts:
         raise UsageError("--all and named hosts do not go together")
     if not (args.all or hosts or tags):
-        raise UsageError("no host is named", "HOST..., --all, --tags KEY=VALUE, -f FILE, or - for standard input")
+        raise UsageError(
+            "no host is named", "HOST..., --all, --tags KEY=VALUE, -f FILE, or - for standard input"
+        )
     return Selection(tuple(hosts), args.all, tags, args.port or 0)
 
 
@@ -6204,13 +6546,13 @@ def _user_name() -> str:
 
 def _find_token(args: Any) -> str:
     if args.token:
-        _warn("ced: a token on the command line is visible to everybody on this host; use ENVEXEC_TOKEN")
+        _warn("ced: everybody on this host can see a token on the command line; use ENVEXEC_TOKEN")
         return args.token
     return os.environ.get("ENVEXEC_TOKEN", "")
 
 
 def _open_dispatch(options: Any, config: Config, words: list, action: str, **details: Any) -> tuple:
-    """What every verb for hosts begins with: dispatcher, hosts, the hook's consent. (dispatcher, agents, context)"""
+    """What every verb for hosts begins with: (dispatcher, hosts, the context the hook has agreed to)."""
     dispatcher = Dispatcher(config)
     agents = dispatcher.select(_build_selection(options, words))
     names = tuple(agent.name for agent in agents)
@@ -6229,7 +6571,12 @@ def cmd_ping(args: Any, config: Config) -> int:
     if args.json:
         shown = []
         for result in results:
-            entry = {"host": result.host, "status": result.state, "rtt": _milliseconds(result.rtt), "reqid": result.reqid}
+            entry = {
+                "host": result.host,
+                "status": result.state,
+                "rtt": _milliseconds(result.rtt),
+                "reqid": result.reqid,
+            }
             if result.state == "ok":
                 entry.update({key: result.answer[key] for key in ("expiry", "version")})
             if result.error:
@@ -6242,7 +6589,16 @@ def cmd_ping(args: Any, config: Config) -> int:
         days, colours[(number, 3)] = _render_days(str(result.answer.get("expiry", "")))
         colours[(number, 1)] = "green" if result.state == "ok" else "red"
         detail = result.error + (" (%s)" % result.hint if result.hint else "")
-        rows.append((result.host, result.state, _milliseconds(result.rtt), days, result.answer.get("version", "-"), detail))
+        rows.append(
+            (
+                result.host,
+                result.state,
+                _milliseconds(result.rtt),
+                days,
+                result.answer.get("version", "-"),
+                detail,
+            )
+        )
     say(_render_table(("NAME", "STATUS", "RTT", "EXPIRES", "VERSION", "ERROR"), rows, colours))
     return int(failed)
 
@@ -6293,7 +6649,14 @@ def _run_entry(result: HostResult, script: str) -> dict:
     entry = {"host": result.host, "script": script, "exit": answer["exit"] if known else -1}
     entry.update({stream: answer.get(stream, "") if known else "" for stream in ("stdout", "stderr")})
     entry.update(rtt=_milliseconds(result.rtt), reqid=result.reqid, state=result.state)
-    for key in ("signal", "timed_out", "stdout_truncated", "stderr_truncated", "stdout_base64", "stderr_base64"):
+    for key in (
+        "signal",
+        "timed_out",
+        "stdout_truncated",
+        "stderr_truncated",
+        "stdout_base64",
+        "stderr_base64",
+    ):
         if known and key in answer:
             entry[key] = answer[key]
     if result.error:
@@ -6306,7 +6669,9 @@ def cmd_run(args: Any, config: Config) -> int:
         raise UsageError("no script is named", "ced run HOST... SCRIPT [-- ARG...]")
     *words, script = args.hosts
     arguments = tuple(args.script_args)
-    request = RunRequest(script, arguments, "", args.username or _user_name(), _find_token(args), args.timeout or 0)
+    request = RunRequest(
+        script, arguments, "", args.username or _user_name(), _find_token(args), args.timeout or 0
+    )
     check_run_request(request)
     dispatcher, agents, context = _open_dispatch(args, config, words, "run", script=script, args=arguments)
     request = request._replace(reqid=context.reqid)
@@ -6318,13 +6683,25 @@ def cmd_run(args: Any, config: Config) -> int:
                 _write_out(_render_block(result))
     except KeyboardInterrupt:
         left = sorted({agent.name for agent in agents} - {result.host for result in results})
-        _warn("\nced: stopped waiting; the script may still run on %s (request %s)" % (", ".join(left), request.reqid))
+        _warn(
+            "\nced: stopped waiting; the script may still run on %s (request %s)"
+            % (", ".join(left), request.reqid)
+        )
         return 130
     if args.json:
-        _say_json({"ok": True, "reqid": request.reqid, "results": [_run_entry(result, script) for result in results]})
+        _say_json(
+            {
+                "ok": True,
+                "reqid": request.reqid,
+                "results": [_run_entry(result, script) for result in results],
+            }
+        )
     elif len(results) > 1:
         counts = ((state, sum(result.state == state for result in results)) for state in STATES)
-        _warn("%d hosts: %s" % (len(results), ", ".join("%d %s" % (count, state) for state, count in counts if count)))
+        _warn(
+            "%d hosts: %s"
+            % (len(results), ", ".join("%d %s" % (count, state) for state, count in counts if count))
+        )
     return int(any(result.state != "ok" for result in results))
 
 
@@ -6351,7 +6728,9 @@ def cmd_discovery(args: Any, config: Config) -> int:
             rows.append((result.host, "-", result.state, "", result.error))
         for script in result.answer.get("scripts", ()) if result.state == "ok" else ():
             runs = "yes" if script.get("executable") else "NO"
-            rows.append((result.host, script["name"], runs, script.get("profile") or "-", script.get("path", "")))
+            rows.append(
+                (result.host, script["name"], runs, script.get("profile") or "-", script.get("path", ""))
+            )
     say(_render_table(("NAME", "SCRIPT", "RUNS", "PROFILE", "PATH"), rows))
     return int(failed)
 
@@ -6371,17 +6750,21 @@ def cmd_self_ping(args: Any, config: Config) -> int:
     info = ping_self(config)
     days, _ = _render_days(iso_time(info.not_after))
     if args.json:
-        _say_json({"ok": True, "port": config.port, "serial": info.serial, "expiry": iso_time(info.not_after)})
+        _say_json(
+            {"ok": True, "port": config.port, "serial": info.serial, "expiry": iso_time(info.not_after)}
+        )
     else:
         say("the agent answers on port %d with certificate %s (%s left)" % (config.port, info.serial, days))
     return 0
 
 
 def cmd_request_pairing(args: Any, config: Config) -> int:
-    host, _, port = args.dispatcher.partition(":") if args.dispatcher.count(":") == 1 else (args.dispatcher, "", "")
+    host, _, port = (
+        args.dispatcher.partition(":") if args.dispatcher.count(":") == 1 else (args.dispatcher, "", "")
+    )
     token = os.environ.get("CTRL_EXEC_PAIRING_TOKEN", "")
     if args.token:
-        _warn("cea: a token on the command line is visible to everybody on this host; use CTRL_EXEC_PAIRING_TOKEN")
+        _warn("cea: everybody on this host can see a token on the command line; use CTRL_EXEC_PAIRING_TOKEN")
         token = args.token
     name = args.name or socket.gethostname()
     if not HOST_NAME.fullmatch(name):
@@ -6391,9 +6774,17 @@ def cmd_request_pairing(args: Any, config: Config) -> int:
     try:
         parse_addresses(args.ip or "")
         wish = PairingWish(
-            host, parse_port(port) if port else args.port, name, args.ip or "", args.lookup_by or "", args.key_type,
-            token, args.allow_legacy, args.ca_fingerprint or "", args.replace_ca,
-        )  # fmt: skip
+            dispatcher=host,
+            port=parse_port(port) if port else args.port,
+            hostname=name,
+            ip=args.ip or "",
+            lookup_by=args.lookup_by or "",
+            key_type=args.key_type,
+            token=token,
+            allow_legacy=args.allow_legacy,
+            ca_fingerprint=args.ca_fingerprint or "",
+            replace_ca=args.replace_ca,
+        )
     except ValueError as error:
         raise UsageError("expected %s" % error) from None
     session = PairingSession(config, wish, OpenSSL())
@@ -6410,20 +6801,24 @@ def _must_ask(args: Any, token: str) -> bool:
         return False
     if not args.background and sys.stdin is not None and sys.stdin.isatty():
         return True
-    _warn("cea: nobody confirms the code on this side; --ca-fingerprint or a token would prove the dispatcher")
+    _warn(
+        "cea: nobody confirms the code on this side; --ca-fingerprint or a token would prove the dispatcher"
+    )
     return False
 
 
 def _show_code(session: PairingSession, has_token: bool) -> None:
     if session.legacy:
-        _warn("cea: the dispatcher is of an older release: this code is a hash of our request alone, which somebody in"
-              " the middle can imitate in a second")  # fmt: skip
+        _warn("cea: the dispatcher is of an older release: this code is a hash of our request alone,")
+        _warn("     which somebody in the middle can imitate in a second")
     if not has_token:
-        _warn("request %s\npairing code: %s\napprove it on the dispatcher only if it shows the same code there"
-              % (session.reqid, _spaced(session.code)))  # fmt: skip
+        _warn("request %s\npairing code: %s" % (session.reqid, _spaced(session.code)))
+        _warn("approve it on the dispatcher only if it shows the same code there")
 
 
-def _finish_pairing(config: Config, session: PairingSession, state: PairingState, seconds: int, ask: bool) -> int:
+def _finish_pairing(
+    config: Config, session: PairingSession, state: PairingState, seconds: int, ask: bool
+) -> int:
     """Wait, confirm, store, and keep the state file true; raises what the wait raises."""
     write_pairing_state(config, state._replace(pid=os.getpid()))
     try:
@@ -6495,16 +6890,31 @@ def cmd_pairing_status(args: Any, config: Config) -> int:
     if args.json:
         body = {"ok": True, "paired": paired, "dispatchers": trusted}
         if info is not None:
-            body.update(name=info.names[0] if info.names else info.common_name, serial=info.serial, expiry=iso_time(info.not_after))
+            body.update(
+                name=info.names[0] if info.names else info.common_name,
+                serial=info.serial,
+                expiry=iso_time(info.not_after),
+            )
         _say_json(dict(body, requests=[state._asdict() for state in states]))
     else:
         if info is not None:
             days, _ = _render_days(iso_time(info.not_after))
-            say("certificate: %s, serial %s, %s left" % (", ".join(info.names) or info.common_name, info.serial, days))
+            say(
+                "certificate: %s, serial %s, %s left"
+                % (", ".join(info.names) or info.common_name, info.serial, days)
+            )
         for serial, dispatcher in trusted.items():
             say("trusted dispatcher: %s (serial %s)" % (dispatcher, serial))
         for state in states[:5]:
-            say("request %s to %s: %s%s" % (state.reqid, state.dispatcher, state.status, " (%s)" % state.reason if state.reason else ""))
+            say(
+                "request %s to %s: %s%s"
+                % (
+                    state.reqid,
+                    state.dispatcher,
+                    state.status,
+                    " (%s)" % state.reason if state.reason else "",
+                )
+            )
         if not paired:
             say("not paired")
     if args.id:
@@ -6541,11 +6951,20 @@ def _wait_option(text: str) -> int:
     return seconds
 
 
+_TAGS = _option("--tags", action="append", metavar="K=V", help="only hosts with these tags")
+_LOOKUP_BY = _option(
+    "--lookup-by", choices=("ip", "hostname"), help="connect to its address or its host name"
+)
 _JSON = _option("--json", action="store_true", help="print JSON")
 _HOSTS = (
-    _option("hosts", nargs="*", metavar="HOST", help="NAME, NAME:PORT, 'web-*', 'web-[01-20]', or - for standard input"),
+    _option(
+        "hosts",
+        nargs="*",
+        metavar="HOST",
+        help="NAME, NAME:PORT, 'web-*', 'web-[01-20]', or - for standard input",
+    ),
     _option("--all", action="store_true", help="every registered host"),
-    _option("--tags", action="append", metavar="K=V", help="only hosts with these tags"),
+    _TAGS,
     _option("-f", "--file", action="append", metavar="FILE", help="hosts from a file"),
     _option("--port", type=_port_option, metavar="P", help="this port instead of the registered one"),
     _option("--username", metavar="NAME", help="who asks, for hooks and scripts (default: you)"),
@@ -6555,7 +6974,7 @@ _HOSTS = (
 _PLACE = (
     _option("--ip", metavar="A", help="its IP address"),
     _option("--agent-port", type=_port_option, metavar="P", help="its port"),
-    _option("--lookup-by", choices=("ip", "hostname"), help="connect to its address or to its host name"),
+    _LOOKUP_BY,
 )
 
 
@@ -6570,53 +6989,69 @@ class Command(NamedTuple):
 
 
 COMMANDS = (
-    Command("dispatcher", "setup-ca", "make the private CA, once",
-            (_option("--name", help="the CA's common name"),), cmd_setup_ca),
-    Command("dispatcher", "setup-ctrl-exec", "make the dispatcher's key and certificate", (), cmd_setup_ctrl_exec),
-    Command("dispatcher", "pairing-mode", "open the pairing port and approve agents",
-            (_option("--allow-legacy", action="store_true", help="serve agents without the commitment protocol"),),
-            cmd_pairing_mode),
-    Command("dispatcher", "pairing-token", "print a token that pairs without a person",
-            (_option("--ttl", type=_count_option, default=3600, metavar="S", help="seconds it is valid (3600)"),
-             _option("--uses", type=_count_option, default=1, metavar="N", help="how often it can be used (1)"),
-             _option("--name", metavar="NAME", help="only for this host name, or a pattern with *"), _JSON),
-            cmd_pairing_token),
+    Command("dispatcher", "setup-ca", "make the private CA, once", (
+        _option("--name", help="the CA's common name"),
+    ), cmd_setup_ca),
+    Command("dispatcher", "setup-ctrl-exec", "make the dispatcher's key and certificate", (),
+            cmd_setup_ctrl_exec),
+    Command("dispatcher", "pairing-mode", "open the pairing port and approve agents", (
+        _option("--allow-legacy", action="store_true", help="serve agents without the commitment"),
+    ), cmd_pairing_mode),
+    Command("dispatcher", "pairing-token", "print a token that pairs without a person", (
+        _option("--ttl", type=_count_option, default=3600, metavar="S", help="seconds it is valid (3600)"),
+        _option("--uses", type=_count_option, default=1, metavar="N", help="how often it can be used (1)"),
+        _option("--name", metavar="NAME", help="only for this host name, or a pattern with *"),
+        _JSON,
+    ), cmd_pairing_token),
     Command("dispatcher", "list-requests", "pairing requests that wait", (_JSON,), cmd_list_requests),
-    Command("dispatcher", "approve", "approve a pairing request",
-            (_option("id", metavar="ID"), _option("--name", metavar="N", help="register it under this name"), *_PLACE,
-             _option("--replace", action="store_true", help="in the place of the agent of that name")), cmd_approve),
+    Command("dispatcher", "approve", "approve a pairing request", (
+        _option("id", metavar="ID"),
+        _option("--name", metavar="N", help="register it under this name"),
+        *_PLACE,
+        _option("--replace", action="store_true", help="in the place of the agent of that name"),
+    ), cmd_approve),
     Command("dispatcher", "deny", "deny a pairing request", (_option("id", metavar="ID"),), cmd_deny),
-    Command("dispatcher", "list-agents", "the registered hosts",
-            (_option("--tags", action="append", metavar="K=V", help="only hosts with these tags"), _JSON), cmd_list_agents),
-    Command("dispatcher", "edit-agent", "change a host's name or address here",
-            (_option("name", metavar="NAME"), _option("--rename", metavar="N", help="its new name here"), *_PLACE),
-            cmd_edit_agent),
-    Command("dispatcher", "unpair", "forget a host and refuse its certificate", (_option("name", metavar="NAME"),), cmd_unpair),
+    Command("dispatcher", "list-agents", "the registered hosts", (_TAGS, _JSON), cmd_list_agents),
+    Command("dispatcher", "edit-agent", "change a host's name or address here", (
+        _option("name", metavar="NAME"),
+        _option("--rename", metavar="N", help="its new name here"),
+        *_PLACE,
+    ), cmd_edit_agent),
+    Command("dispatcher", "unpair", "forget a host and refuse its certificate", (
+        _option("name", metavar="NAME"),
+    ), cmd_unpair),
     Command("dispatcher", "discovery", "what the hosts offer", _HOSTS, cmd_discovery),
     Command("dispatcher", "ping", "see whether hosts answer", _HOSTS, cmd_ping),
-    Command("dispatcher", "run", "run a script: run HOST... SCRIPT [-- ARG...]",
-            (*_HOSTS, _option("--timeout", type=_count_option, metavar="S", help="seconds the script may take")), cmd_run),
+    Command("dispatcher", "run", "run a script: run HOST... SCRIPT [-- ARG...]", (
+        *_HOSTS,
+        _option("--timeout", type=_count_option, metavar="S", help="seconds the script may take"),
+    ), cmd_run),
     Command("dispatcher", "list-locks", "scripts that are being run from here", (_JSON,), cmd_list_locks),
     Command("dispatcher", "check", "check files, certificates and registry", (_JSON,), cmd_check),
-    Command("agent", "serve", "run the agent, in the foreground",
-            (_option("--foreground", action="store_true", help="log to standard error"),), cmd_serve),
-    Command("agent", "request-pairing", "ask a dispatcher for a certificate",
-            (_option("--dispatcher", required=True, metavar="HOST[:PORT]", help="where pairing-mode runs"),
-             _option("--port", type=_port_option, default=PAIRING_PORT, metavar="P", help="its port (%d)" % PAIRING_PORT),
-             _option("--name", metavar="N", help="this host's name (default: the system's)"),
-             _option("--ip", metavar="A", help="the address to reach this host at (default: as seen there)"),
-             _option("--lookup-by", choices=("ip", "hostname"), help="how the dispatcher shall find this host"),
-             _option("--key-type", choices=("ec", "rsa"), default="ec", help="of a new key (ec)"),
-             _option("--timeout", type=_wait_option, default=30, metavar="S", help="seconds to wait (30, at most 600)"),
-             _option("--background", action="store_true", help="print the request id and wait in the background"),
-             _option("--token", metavar="T", help="a pairing token; better in CTRL_EXEC_PAIRING_TOKEN"),
-             _option("--ca-fingerprint", metavar="HEX", help="SHA-256 of the CA, as pairing-mode shows it"),
-             _option("--yes", action="store_true", help="do not ask whether the code is the same"),
-             _option("--replace-ca", action="store_true", help="leave the CA this host belongs to"),
-             _option("--allow-legacy", action="store_true", help="accept a dispatcher without commitment")),
-            cmd_request_pairing),
-    Command("agent", "pairing-status", "whether this host is paired, and with whom",
-            (_option("id", nargs="?", metavar="ID"), _JSON), cmd_pairing_status),
+    Command("agent", "serve", "run the agent, in the foreground", (
+        _option("--foreground", action="store_true", help="log to standard error"),
+    ), cmd_serve),
+    Command("agent", "request-pairing", "ask a dispatcher for a certificate", (
+        _option("--dispatcher", required=True, metavar="HOST[:PORT]", help="where pairing-mode runs"),
+        _option("--port", type=_port_option, default=PAIRING_PORT, metavar="P",
+                help="its port (%d)" % PAIRING_PORT),
+        _option("--name", metavar="N", help="this host's name (default: the system's)"),
+        _option("--ip", metavar="A", help="the address to reach this host at (default: as seen there)"),
+        _LOOKUP_BY,
+        _option("--key-type", choices=("ec", "rsa"), default="ec", help="of a new key (ec)"),
+        _option("--timeout", type=_wait_option, default=30, metavar="S",
+                help="seconds to wait (30, at most %d)" % MAX_PAIRING_WAIT),
+        _option("--background", action="store_true", help="print the request id; wait in the background"),
+        _option("--token", metavar="T", help="a pairing token; better in CTRL_EXEC_PAIRING_TOKEN"),
+        _option("--ca-fingerprint", metavar="HEX", help="SHA-256 of the CA, as pairing-mode shows it"),
+        _option("--yes", action="store_true", help="do not ask whether the code is the same"),
+        _option("--replace-ca", action="store_true", help="leave the CA this host belongs to"),
+        _option("--allow-legacy", action="store_true", help="accept a dispatcher without commitment"),
+    ), cmd_request_pairing),
+    Command("agent", "pairing-status", "whether this host is paired, and with whom", (
+        _option("id", nargs="?", metavar="ID"),
+        _JSON,
+    ), cmd_pairing_status),
     Command("agent", "self-check", "check files, certificates and scripts", (_JSON,), cmd_self_check),
     Command("agent", "self-ping", "reach the agent on this host", (_JSON,), cmd_self_ping),
 )  # fmt: skip
@@ -6656,7 +7091,9 @@ def parse_command(role: str, program: str, argv: list) -> tuple:
     verb, *rest = words
     known = {command.name: command for command in COMMANDS if command.role == role}
     if verb not in known:
-        raise UsageError("unknown verb `%s`%s" % (one_line(verb[:80]), suggest(verb, known)), "%s --help" % program)
+        raise UsageError(
+            "unknown verb `%s`%s" % (one_line(verb[:80]), suggest(verb, known)), "%s --help" % program
+        )
     return _parse_options(known[verb], program, leading + rest)
 
 
@@ -6667,7 +7104,9 @@ def _parse_options(command: Command, program: str, words: list) -> tuple:
         def error(self, message: str) -> None:
             raise UsageError(message, "%s %s --help" % (program, command.name))
 
-    parser = Parser(prog="%s %s" % (program, command.name), description=command.help, add_help=False, allow_abbrev=False)
+    parser = Parser(
+        prog="%s %s" % (program, command.name), description=command.help, add_help=False, allow_abbrev=False
+    )
     for flags, details in command.options + _GLOBALS:
         parser.add_argument(*flags, **details)
     script_args: list = []
@@ -6727,8 +7166,16 @@ def _render_error(error: CtrlExecError) -> dict:
 # --- the demo -------------------------------------------------------------------------------------------
 
 _DEMO_SCRIPTS = {
-    "facts": "#!/bin/sh\n# reports on the machine\nuname -sr\necho \"user:   $(id -un)\"\necho \"caller: $CTRL_EXEC_DISPATCHER\"\n",
-    "echo-args": "#!/bin/sh\n# shows each argument as it arrived\nfor a in \"$@\"; do printf '[%s]\\n' \"$a\"; done\n",
+    "facts": """#!/bin/sh
+# reports on the machine
+uname -sr
+echo "user:   $(id -un)"
+echo "caller: $CTRL_EXEC_DISPATCHER"
+""",
+    "echo-args": """#!/bin/sh
+# shows each argument as it arrived
+for a in "$@"; do printf '[%s]\\n' "$a"; done
+""",
     "context": "#!/bin/sh\n# shows the request it was given on stdin\ncat\necho\n",
     "fail": "#!/bin/sh\n# fails\necho 'the disk is on fire' >&2\nexit 3\n",
 }
@@ -6741,7 +7188,9 @@ class _Demo:
     def __init__(self, top: str) -> None:
         self.top = top
         self.running: list = []  # processes to end
-        self._log = os.open(os.path.join(top, "output.log"), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._log = os.open(
+            os.path.join(top, "output.log"), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600
+        )
         for link in ("ced", "cea"):
             os.symlink(os.path.realpath(__file__), os.path.join(top, link))
 
@@ -6766,7 +7215,9 @@ class _Demo:
 
     def start(self, *words: str, host: str = "") -> None:
         self.running.append(
-            start_program(self.program("cea" if host else "ced", host) + list(words), self._environment(), self._log)
+            start_program(
+                self.program("cea" if host else "ced", host) + list(words), self._environment(), self._log
+            )
         )
 
     def _environment(self) -> dict:
@@ -6805,7 +7256,9 @@ def _wait_for_port(port: int) -> None:
 
 
 def _demo_files(demo: _Demo, pairing_port: int, ports: list) -> None:
-    demo.put("control/etc/ctrl-exec/ctrl-exec.conf", "pairing_port = %d\ndispatcher_id = control\n" % pairing_port)
+    demo.put(
+        "control/etc/ctrl-exec/ctrl-exec.conf", "pairing_port = %d\ndispatcher_id = control\n" % pairing_port
+    )
     for host, port in zip(_DEMO_HOSTS, ports):
         etc = "hosts/%s%s/" % (host, AGENT_ETC)
         site = "north" if host == "web-01" else "south"
@@ -6822,7 +7275,15 @@ def _demo_pair(demo: _Demo, pairing_port: int) -> None:
     demo.start("pairing-mode")
     _wait_for_port(pairing_port)
     for host in _DEMO_HOSTS:
-        asked = demo.show("request-pairing", "--background", "--dispatcher", "127.0.0.1:%d" % pairing_port, "--name", host, host=host)
+        asked = demo.show(
+            "request-pairing",
+            "--background",
+            "--dispatcher",
+            "127.0.0.1:%d" % pairing_port,
+            "--name",
+            host,
+            host=host,
+        )
         reqid = asked.strip()
         if host == _DEMO_HOSTS[0]:
             demo.show("list-requests")
@@ -6905,9 +7366,14 @@ def _say_how_to_go_on(demo: _Demo) -> None:
 # ======================================================================================================
 
 _ROLES = {
-    "ced": "dispatcher", "ctrl-exec": "dispatcher", "ctrl-exec-dispatcher": "dispatcher", "dispatcher": "dispatcher",
-    "cea": "agent", "ctrl-exec-agent": "agent", "agent": "agent",
-}  # fmt: skip
+    "ced": "dispatcher",
+    "ctrl-exec": "dispatcher",
+    "ctrl-exec-dispatcher": "dispatcher",
+    "dispatcher": "dispatcher",
+    "cea": "agent",
+    "ctrl-exec-agent": "agent",
+    "agent": "agent",
+}
 
 _USAGE = """\
 usage: ctrl_exec.py demo [--keep]              a whole deployment in a temporary directory, to look at
@@ -6976,7 +7442,8 @@ def main(argv: list) -> int:
 def _report_bug(program: str, error: BaseException) -> int:
     log_bug(error)
     sys.stderr.write(
-        "%s: internal error (%s); the log has the details. Please report it with them.\n" % (program, type(error).__name__)
+        "%s: internal error (%s); the log has the details. Please report it with them.\n"
+        % (program, type(error).__name__)
     )
     return EXIT_BUG
 
