@@ -1170,6 +1170,8 @@ def load_config(role: str, path: str = "", root: str = "") -> Config:
             values[row.key] = reader.values.get(row.key, row.parse(default))
     if role == "dispatcher" and not values["dispatcher_id"]:
         values["dispatcher_id"] = socket.gethostname()
+        if not HOST_NAME.fullmatch(values["dispatcher_id"]):
+            raise ConfigError("%s: the host name cannot be the dispatcher's id; set `dispatcher_id`" % chosen)
     profiles = {name: complete_profile(values) for name, values in reader.profiles.items()}
     return Config(role, chosen, root, values, reader.tags, profiles, tuple(reader.warnings))
 
@@ -1397,6 +1399,10 @@ def check_request_form(pem: str) -> bytes:
     return der
 
 
+# The system's openssl.cnf decides nothing here: what we need is in our own text above.
+_OPENSSL_ENVIRONMENT = {"PATH": SAFE_PATH, "LC_ALL": "C", "OPENSSL_CONF": "/dev/null"}
+
+
 def read_certificate_file(path: str) -> bytes:
     """The PEM text of a certificate on disk. Raises TrustError when there is none."""
     try:
@@ -1414,7 +1420,7 @@ class OpenSSL:
     def _run(self, *options: str, stdin: bytes = b"") -> bytes:
         argv = [self._binary, *options]
         try:
-            done = run_program(argv, stdin=stdin, timeout=OPENSSL_SECONDS)
+            done = run_program(argv, stdin=stdin, env=_OPENSSL_ENVIRONMENT, timeout=OPENSSL_SECONDS)
         except OSError as error:
             hint = "install the openssl package" if error.errno == errno.ENOENT else ""
             raise ProgramError("cannot run openssl: %s" % error.strerror, hint) from error
@@ -1454,7 +1460,7 @@ class OpenSSL:
         der = check_request_form(pem)
         # The exit status says nothing before OpenSSL 3.2; what it prints to stderr does.
         argv = [self._binary, "req", "-verify", "-noout"]
-        done = run_program(argv, stdin=pem.encode("ascii"), timeout=OPENSSL_SECONDS)
+        done = run_program(argv, pem.encode("ascii"), _OPENSSL_ENVIRONMENT, OPENSSL_SECONDS)
         if done.status != 0 or b"verify OK" not in done.stderr:
             raise TrustError("the certificate request is refused: it is not signed by its own key")
         return der
@@ -1924,10 +1930,14 @@ _ALERTS = {  # what the peer said when it refused, by OpenSSL's reason
 }
 
 
+_DATE_ERRORS = (9, 10)  # X509_V_ERR_CERT_NOT_YET_VALID and _HAS_EXPIRED of x509_vfy.h
+
+
 def describe_tls_error(error: ssl.SSLError) -> str:
     """A TLS failure in words."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        return "its certificate is refused: %s" % error.verify_message
+        clock = " (or a clock is wrong)" if error.verify_code in _DATE_ERRORS else ""
+        return "its certificate is refused: %s%s" % (error.verify_message, clock)
     reason = error.reason or ""
     if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)) or "EOF" in reason:
         return "it closed the connection during TLS"
@@ -2787,7 +2797,6 @@ class Connection:
             self.close()
             raise TransportError("%s closed the connection during TLS" % self._name) from error
         self._channel = Channel(self._tls)
-        self.local_address = self._tls.getsockname()[0]
 
     def peer_cert(self) -> Optional[PeerCert]:
         return read_peer_cert(self._tls)
@@ -6016,7 +6025,7 @@ class Dispatcher:
                 result = result._replace(hint=hint)
             return result
 
-        make_directory(self._config.lock_dir, 0o770)
+        raise_descriptor_limit()  # a lock and a connection for each host
         with HostLocks(
             self._config.lock_dir, [agent.name for agent in agents], request.script, request.reqid
         ):
