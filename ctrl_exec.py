@@ -1513,7 +1513,7 @@ class OpenSSL:
         )
         facts = dict(line.partition("=")[::2] for line in out.splitlines())
         subject = self._run("x509", "-noout", "-subject", "-nameopt", "multiline,utf8", stdin=pem)
-        common = re.search(r"^\s*commonName\s*= (.*)$", subject.decode("utf-8", "replace"), re.MULTILINE)
+        common = re.search(r"commonName *= (.*)", subject.decode("utf-8", "replace"))
         alternative = self._run("x509", "-noout", "-ext", "subjectAltName", stdin=pem).decode(
             "utf-8", "replace"
         )
@@ -1533,7 +1533,7 @@ class OpenSSL:
             try:
                 self._run("verify", "-x509_strict", "-purpose", purpose, "-CAfile", ca_path, path)
             except ProgramError as error:
-                reason = re.search(r"error \d+ at \d+ depth lookup: *(.*?)(?:\\n|$)", error.message)
+                reason = re.search(r"error \d+ at \d+ depth lookup: *([^\\]*)", error.message)
                 raise TrustError(
                     "the certificate is refused: %s" % (reason[1] if reason else "no chain")
                 ) from error
@@ -2888,7 +2888,7 @@ def call_agent(
 # ======================================================================================================
 # 10. POLICY
 # Owns:  auth hooks, and which addresses may connect: the allowlist of addresses and the rate limits.
-# Uses:  HEAD, ERRORS, GROUND, SETTINGS, TRUST
+# Uses:  HEAD, ERRORS, GROUND, SETTINGS, WIRE
 # Why here: dispatcher, agent and API ask the same hook in the same way; everything that is not a clear
 #        yes is a no.
 # ======================================================================================================
@@ -3077,7 +3077,7 @@ def _rate_key(address: str) -> str:
 # ======================================================================================================
 # 11. SCRIPTS
 # Owns:  what may run, and as what: the allowlist, sidecars, the modes of files, security profiles.
-# Uses:  HEAD, ERRORS, GROUND, SETTINGS
+# Uses:  HEAD, ERRORS, GROUND, SETTINGS, WIRE
 # On disk: scripts.conf, PATH.schema.json (read only)
 # ======================================================================================================
 
@@ -3758,9 +3758,17 @@ def _time_limit(rules: JobRules, script: Script, asked: int) -> int:
     return min(asked, allowed) if asked and allowed else asked or allowed
 
 
+def _signal_name(number: int) -> str:
+    """`SIGKILL`, or `signal 40` for one without a name (the real-time signals)."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "signal %d" % number
+
+
 def _finish_record(record: RunRecord, watch: _Watch, spools: tuple) -> RunRecord:
     status = watch.wait_status or 0
-    name = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else ""
+    name = _signal_name(os.WTERMSIG(status)) if os.WIFSIGNALED(status) else ""
     code = 126 if name else os.WEXITSTATUS(status)
     return record._replace(
         status="done",
@@ -6157,7 +6165,7 @@ def _check_registered(agent: Agent, revoked: frozenset) -> Iterator[Finding]:
 # 18. CLI
 # Owns:  verbs and their options as a table; text, tables and JSON; the prompt of pairing mode; the demo.
 #        The only section that prints.
-# Uses:  HEAD, ERRORS, GROUND, SETTINGS, OPENSSL, TRUST, POLICY, SERVER, AGENT, REGISTRY, PAIRING, DISPATCH
+# Uses:  HEAD, ERRORS, GROUND, SETTINGS, OPENSSL, TRUST, WIRE, POLICY, AGENT, REGISTRY, PAIRING, DISPATCH
 # ======================================================================================================
 
 
@@ -7145,7 +7153,8 @@ def run_command(role: str, program: str, argv: list) -> int:
     if command is None:
         say(args)
         return 0
-    root = os.path.abspath(args.root) if args.root else os.environ.get("CTRL_EXEC_ROOT", "")
+    root = args.root or os.environ.get("CTRL_EXEC_ROOT", "")
+    root = os.path.abspath(root) if root else ""
     tag = {"dispatcher": "ctrl-exec-dispatcher", "agent": "ctrl-exec-agent"}[role]
     foreground = args.verbose or getattr(args, "foreground", False)
     LOG.open(tag, under_root(root, ROOT_LOG) if root else "", foreground)
