@@ -1,0 +1,603 @@
+#!/bin/sh
+# Installs ctrl-exec by copying one file, and runs its tests. POSIX sh; needs no network except that
+# --run-tests fetches pytest where the Python it uses has none. `./install.sh --help` says how to use it.
+
+set -eu
+umask 022
+
+usage() {
+    cat <<'END'
+usage: install.sh [--dispatcher] [--agent] [--prefix DIR]      install one role or both
+       install.sh --uninstall [--dispatcher] [--agent] [--prefix DIR]
+       install.sh --run-tests [ARGUMENTS OF PYTEST ...]
+
+  --dispatcher   the control host: ced (also: ctrl-exec, ctrl-exec-dispatcher)
+  --agent        a managed host: cea (also: ctrl-exec-agent), and a service that is not started yet
+  --api          the HTTP API: not part of this version
+  --uninstall    remove the program and the service; configuration, keys, state and users stay
+  --run-tests    run the tests with $PYTHON, or with python3
+  --prefix DIR   where the program goes (default: /usr/local)
+  --help         show this
+
+Run it again at any time: it repairs what is missing and never changes a configuration file.
+Environment: DESTDIR puts the whole tree below a directory (no users, no service manager, owners as they
+come); PYTHON is the interpreter to use (default: the system's python3, 3.9 or newer).
+As an ordinary user with a --prefix of one's own, only the program is installed.
+END
+}
+
+say() { printf '%s\n' "$*"; }
+
+die() { # STATUS SENTENCE
+    status=$1
+    shift
+    printf 'install.sh: %s\n' "$*" >&2
+    exit "$status"
+}
+
+has() { command -v "$1" >/dev/null 2>&1; }
+
+here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd -P)
+
+# --- options ------------------------------------------------------------------------------------------
+
+dispatcher='' agent='' api='' uninstall='' run_tests=''
+prefix=/usr/local
+
+while [ $# -gt 0 ]; do
+    case $1 in
+    --dispatcher) dispatcher=yes ;;
+    --agent) agent=yes ;;
+    --api) api=yes ;;
+    --uninstall) uninstall=yes ;;
+    --prefix)
+        [ $# -ge 2 ] || die 2 "--prefix needs a directory"
+        prefix=$2
+        shift
+        ;;
+    --prefix=*) prefix=${1#--prefix=} ;;
+    --run-tests) # everything after it is for pytest
+        run_tests=yes
+        shift
+        break
+        ;;
+    -h | --help)
+        usage
+        exit 0
+        ;;
+    *) die 2 "unknown option \`$1' (see install.sh --help)" ;;
+    esac
+    shift
+done
+
+case $prefix in
+/*) ;;
+*) die 2 "--prefix must be an absolute path, and \`$prefix' is not" ;;
+esac
+case $prefix in # it is written into the service file, which has quoting rules of its own
+*[!A-Za-z0-9/._+@~,-]*) die 2 "--prefix may hold letters, digits and /._+@~,- only, unlike \`$prefix'" ;;
+esac
+while [ "$prefix" != "${prefix%/}" ]; do prefix=${prefix%/}; done
+
+# --- the interpreter ----------------------------------------------------------------------------------
+
+# Print the absolute path of an interpreter that will do, or fail. $2 = all: everybody must be able to read
+# its library, because what faces the network gives up root and imports modules afterwards.
+probe_python() {
+    "$1" -I - "$2" 2>/dev/null <<'END'
+import os
+import sys
+
+if sys.version_info < (3, 9) or len(sys.executable.split()) != 1:
+    sys.exit(1)
+import ssl
+
+if sys.argv[1] == "all":
+    for path in (os.path.realpath(os.__file__), os.path.realpath(sys.executable)):
+        while path != "/":
+            path = os.path.dirname(path)
+            if not os.stat(path).st_mode & 1:
+                sys.exit(1)
+print(sys.executable)
+END
+}
+
+# For an installation: a system interpreter before the one that happens to be first in somebody's PATH, which
+# may be a shim that works in his shell only, and by the name that survives the system's upgrades.
+find_python() { # WHO
+    if [ -n "${PYTHON:-}" ]; then
+        probe_python "$PYTHON" "$1" || return 1
+        return
+    fi
+    for candidate in /usr/bin/python3 /usr/local/bin/python3 python3 \
+        python3.14 python3.13 python3.12 python3.11 python3.10 python3.9; do
+        if has "$candidate" && probe_python "$candidate" "$1" >/dev/null; then
+            case $candidate in
+            /*) printf '%s\n' "$candidate" ;;
+            *) probe_python "$candidate" "$1" ;;
+            esac
+            return
+        fi
+    done
+    return 1
+}
+
+refuse_python() { # WHAT NEEDS IT, WHO
+    where=${2:+, where every user can read it}
+    die 1 "$1 Python 3.9 or newer with its ssl module$where${PYTHON:+; $PYTHON is none}"
+}
+
+need_openssl() {
+    has openssl || die 1 "the openssl program is missing: install the package openssl first"
+}
+
+# --- --run-tests --------------------------------------------------------------------------------------
+
+is_test_environment() { "$1/bin/python" -I -c 'import pytest' >/dev/null 2>&1; }
+
+# A private virtual environment with pytest, made once for each interpreter; prints its python.
+make_test_environment() { # PYTHON CACHE
+    name=$("$1" -I -c 'import platform; print(platform.python_implementation(), platform.python_version())')
+    name=$(printf '%s' "$name" | tr ' ' '-')
+    name=$name-$(printf '%s' "$1" | cksum | cut -d ' ' -f 1)
+    if ! is_test_environment "$2/$name"; then
+        made=$(mktemp -d "$2/new.XXXXXX")
+        trap 'rm -rf "$made"' EXIT # of the subshell this runs in
+        "$1" -I -m venv "$made/venv" >&2 ||
+            die 1 "$1 cannot make a virtual environment: install python3-venv, or give it pytest"
+        "$made/venv/bin/python" -I -m pip install --quiet --disable-pip-version-check pytest >&2 ||
+            die 1 "pytest could not be installed for $1: give it pytest, or a network"
+        if ! is_test_environment "$2/$name"; then # another run may have been quicker
+            rm -rf "${2:?}/$name"
+            mv "$made/venv" "$2/$name"
+        fi
+    fi
+    printf '%s\n' "$2/$name/bin/python"
+}
+
+if [ -n "$run_tests" ]; then
+    [ -z "$dispatcher$agent$api$uninstall" ] || die 2 "--run-tests goes with no other option"
+    python=$(probe_python "${PYTHON:-python3}" '') || python=$(find_python '') ||
+        refuse_python "the tests need" ''
+    need_openssl
+    cd "$here"
+    temporary=''
+    if ! "$python" -c 'import pytest' >/dev/null 2>&1; then
+        cache=${XDG_CACHE_HOME:-${HOME:-/nonexistent}/.cache}/ctrl-exec-tests
+        if ! mkdir -p "$cache" 2>/dev/null || [ ! -w "$cache" ]; then
+            temporary=$(mktemp -d)
+            trap 'rm -rf "$temporary"' EXIT
+            cache=$temporary
+        fi
+        python=$(make_test_environment "$python" "$cache")
+    fi
+    chosen='' # tests named by the caller, instead of all
+    for argument in "$@"; do
+        case $argument in
+        tests/*) chosen=yes ;;
+        esac
+    done
+    [ -n "$chosen" ] || set -- tests "$@"
+    status=0
+    "$python" -m pytest "$@" || status=$?
+    exit "$status"
+fi
+
+# --- what is asked, and whether it can be had: nothing is changed before this is clear ------------------
+
+[ -z "$api" ] || die 1 "the HTTP API is not part of this version, so there is nothing to install for --api"
+if [ -z "$dispatcher$agent" ]; then
+    [ -n "$uninstall" ] || die 2 "say which role: --dispatcher, --agent or both (see install.sh --help)"
+    dispatcher=yes agent=yes
+fi
+
+stage=${DESTDIR:-}
+case $stage in
+'' | /*) ;;
+*) stage=$PWD/$stage ;;
+esac
+while [ "$stage" != "${stage%/}" ]; do stage=${stage%/}; done
+
+# live: a real installation, with users and a service. staged: the tree only. program: the program only.
+if [ -n "${DESTDIR:-}" ]; then
+    kind=staged
+elif [ "$(id -u)" = 0 ]; then
+    kind=live
+else
+    kind=program
+fi
+
+lib=$stage$prefix/lib/ctrl-exec
+bin=$stage$prefix/bin
+launcher=../lib/ctrl-exec/launch # as seen from bin: holds wherever the tree is moved to
+links="${dispatcher:+ced ctrl-exec ctrl-exec-dispatcher }${agent:+cea ctrl-exec-agent}"
+all_links='ced ctrl-exec ctrl-exec-dispatcher cea ctrl-exec-agent'
+case $prefix in
+/usr) unit=$stage/usr/lib/systemd/system/ctrl-exec-agent.service ;; # a package's
+*) unit=$stage/etc/systemd/system/ctrl-exec-agent.service ;;        # an administrator's
+esac
+init=$stage/etc/init.d/ctrl-exec-agent
+mark='written by install.sh of ctrl-exec'
+
+check_writable() { # DIRECTORY: it, or what there is of the way to it
+    path=$1
+    while [ ! -e "$path" ] && [ ! -L "$path" ]; do path=$(dirname "$path"); done
+    if [ ! -d "$path" ] || [ ! -w "$path" ]; then
+        die 1 "$path is not a directory you may write to: run this as root, or with --prefix DIR or DESTDIR"
+    fi
+}
+
+check_writable "$lib"
+check_writable "$bin"
+
+is_our_link() { [ -L "$1" ] && [ "$(readlink "$1")" = "$launcher" ]; }
+is_our_service() { [ -f "$1" ] && grep -qF "$mark" "$1"; }
+is_there() { [ -e "$1" ] || [ -L "$1" ]; }
+
+runs_systemd() { [ "$kind" = live ] && [ -d /run/systemd/system ] && has systemctl; }
+
+# --- --uninstall --------------------------------------------------------------------------------------
+
+remove() {
+    if is_there "$1"; then
+        rm -f "$1"
+        say "removed: ${1#"$stage"}"
+    fi
+}
+
+# The service file that starts the agent of this very prefix.
+is_its_service() { is_our_service "$1" && grep -qF "$prefix/bin/cea" "$1"; }
+
+remove_service() {
+    if is_its_service "$unit"; then
+        if runs_systemd; then systemctl disable --now ctrl-exec-agent.service || true; fi
+        remove "$unit"
+        if runs_systemd; then systemctl daemon-reload || true; fi
+    fi
+    if is_its_service "$init"; then
+        if [ "$kind" = live ] && has rc-service && has rc-update; then
+            rc-service --ifstarted ctrl-exec-agent stop || true
+            rc-update del ctrl-exec-agent || true
+        fi
+        remove "$init"
+    fi
+}
+
+say_what_stays() { # ROLE DIRECTORY...
+    left=''
+    for path in "$2" "$3"; do
+        [ ! -e "$stage$path" ] || left="$left $path"
+    done
+    if [ "$kind" = live ] && id -u "$1" >/dev/null 2>&1; then
+        left="$left and the user $1"
+    fi
+    [ -z "$left" ] || say "left as it is:$left"
+}
+
+if [ -n "$uninstall" ]; then
+    if [ -n "$agent" ] && [ "$kind" != program ]; then
+        remove_service
+    fi
+    for name in $links; do
+        if is_our_link "$bin/$name"; then
+            remove "$bin/$name"
+        elif is_there "$bin/$name"; then
+            say "left as it is, being of another origin: ${bin#"$stage"}/$name"
+        fi
+    done
+    for name in $all_links; do
+        if is_our_link "$bin/$name"; then
+            say "left for the other role: ${lib#"$stage"}"
+            lib=''
+            break
+        fi
+    done
+    if [ -n "$lib" ] && [ -d "$lib" ]; then
+        for path in "$lib/ctrl_exec.py" "$lib/launch" "$lib/__pycache__"/ctrl_exec.*.pyc; do
+            remove "$path"
+        done
+        rmdir "$lib/__pycache__" 2>/dev/null || true
+        rmdir "$lib" 2>/dev/null || say "left as it is, holding other files: ${lib#"$stage"}"
+    fi
+    if [ "$kind" != program ]; then
+        [ -z "$dispatcher" ] || say_what_stays ctrl-exec /etc/ctrl-exec /var/lib/ctrl-exec
+        [ -z "$agent" ] || say_what_stays ctrl-exec-agent /etc/ctrl-exec-agent /var/lib/ctrl-exec-agent
+    fi
+    exit 0
+fi
+
+# --- before the installation ----------------------------------------------------------------------------
+
+[ -f "$here/ctrl_exec.py" ] || die 1 "ctrl_exec.py is not beside this script, in $here"
+refuse_foreign() { die 1 "${1#"$stage"} is there already and not made by this script: move it away first"; }
+for name in $links; do
+    is_our_link "$bin/$name" || ! is_there "$bin/$name" || refuse_foreign "$bin/$name"
+done
+if [ -n "$agent" ] && [ "$kind" != program ]; then
+    for path in "$unit" "$init"; do
+        is_our_service "$path" || ! is_there "$path" || refuse_foreign "$path"
+    done
+fi
+who=''
+[ "$kind" != live ] || who=all
+python=$(find_python "$who") || refuse_python "an installation needs" "$who"
+need_openssl
+if [ "$kind" = live ] && ! has useradd && ! has adduser; then
+    die 1 "neither useradd nor adduser is there to make the service users with: install the package passwd"
+fi
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+# --- pieces -------------------------------------------------------------------------------------------
+
+# Copy SOURCE to TARGET with MODE if they differ; by renaming, so that nobody ever starts half a file.
+put() { # SOURCE TARGET MODE
+    if ! cmp -s "$1" "$2"; then
+        cp "$1" "$2.new.$$"
+        chmod "$3" "$2.new.$$"
+        mv -f "$2.new.$$" "$2"
+        say "installed: ${2#"$stage"}"
+    fi
+    chmod "$3" "$2"
+}
+
+give() { # OWNER:GROUP PATH: a staged tree has no such groups yet
+    [ "$kind" != live ] || chown "$1" "$2"
+}
+
+make_directory() { # MODE OWNER:GROUP PATH
+    if [ ! -d "$stage$3" ]; then
+        mkdir -p "$(dirname "$stage$3")"
+        mkdir -m 0700 "$stage$3"
+    fi
+    give "$2" "$stage$3"
+    chmod "$1" "$stage$3"
+}
+
+# A configuration file, from SOURCE; one that is there stays as it is, its mode too.
+make_conf() { # SOURCE GROUP PATH
+    if is_there "$stage$3"; then
+        say "kept: $3"
+        return
+    fi
+    (umask 077 && cp "$1" "$stage$3.new.$$")
+    give "root:$2" "$stage$3.new.$$"
+    chmod 0640 "$stage$3.new.$$"
+    mv "$stage$3.new.$$" "$stage$3"
+    say "installed: $3"
+}
+
+example() { # ROLE FILE
+    "$python" -I "$lib/launch" conf-example "$1" >"$2"
+}
+
+group_exists() {
+    if has getent; then
+        getent group "$1" >/dev/null
+    else
+        grep -q "^$1:" /etc/group
+    fi
+}
+
+make_user() { # NAME: a user and a group, who own nothing and cannot log in
+    [ "$kind" = live ] || return 0
+    if ! group_exists "$1"; then
+        if has groupadd; then groupadd --system "$1"; else addgroup -S "$1"; fi
+        say "group made: $1"
+    fi
+    if ! id -u "$1" >/dev/null 2>&1; then
+        shell=/bin/false
+        for path in /usr/sbin/nologin /sbin/nologin; do
+            [ ! -x "$path" ] || shell=$path
+        done
+        if has useradd; then
+            useradd --system --gid "$1" --home-dir /nonexistent --no-create-home --no-log-init \
+                --shell "$shell" "$1"
+        else
+            adduser -S -D -H -h /nonexistent -s "$shell" -G "$1" "$1"
+        fi
+        say "user made: $1"
+    fi
+}
+
+# --- the program --------------------------------------------------------------------------------------
+
+install_program() {
+    mkdir -p "$bin" "$lib"
+    # A script is compiled anew at each start, which takes longer than most of what it then does; a module
+    # is compiled once. So `launch` is the script, and the file with the program is a module beside it.
+    cat >"$work/launch" <<END
+#!$python -I
+# ctrl-exec, under the name this is called by; $mark
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
+import ctrl_exec
+
+sys.exit(ctrl_exec.main(sys.argv))
+END
+    put "$here/ctrl_exec.py" "$lib/ctrl_exec.py" 0755
+    # By the interpreter that will run it, and with the path it will have; not again if it is good.
+    "$python" -I - "$lib/ctrl_exec.py" "$prefix/lib/ctrl-exec/ctrl_exec.py" <<'END'
+import importlib.util
+import os
+import py_compile
+import struct
+import sys
+
+source, final = sys.argv[1:]
+cache = importlib.util.cache_from_source(source)
+status = os.stat(source)
+stamp = struct.pack("<III", 0, int(status.st_mtime) & 0xFFFFFFFF, status.st_size & 0xFFFFFFFF)
+try:
+    with open(cache, "rb") as file:
+        head = file.read(16)
+except OSError:
+    head = b""
+if head != importlib.util.MAGIC_NUMBER + stamp:
+    by_time = py_compile.PycInvalidationMode.TIMESTAMP
+    py_compile.compile(source, cache, final, doraise=True, invalidation_mode=by_time)
+END
+    put "$work/launch" "$lib/launch" 0755
+    for name in $links; do
+        if ! is_our_link "$bin/$name"; then
+            ln -s "$launcher" "$bin/$name"
+            say "installed: ${bin#"$stage"}/$name"
+        fi
+    done
+}
+
+# --- configuration, state, service ----------------------------------------------------------------------
+
+install_dispatcher() {
+    make_user ctrl-exec
+    make_directory 0750 root:ctrl-exec /etc/ctrl-exec
+    make_directory 0750 root:ctrl-exec /var/lib/ctrl-exec
+    make_directory 0750 root:ctrl-exec /var/lib/ctrl-exec/agents
+    make_directory 0770 root:ctrl-exec /var/lib/ctrl-exec/locks
+    make_directory 0750 root:ctrl-exec /var/lib/ctrl-exec/runs
+    make_directory 0770 root:ctrl-exec /var/lib/ctrl-exec/pairing
+    make_directory 0700 root:root /var/lib/ctrl-exec/pairing-tokens # secrets; only root makes and reads them
+    example dispatcher "$work/ctrl-exec.conf"
+    make_conf "$work/ctrl-exec.conf" ctrl-exec /etc/ctrl-exec/ctrl-exec.conf
+}
+
+install_agent() {
+    make_user ctrl-exec-agent
+    make_directory 0750 root:ctrl-exec-agent /etc/ctrl-exec-agent
+    make_directory 0755 root:root /var/lib/ctrl-exec-agent
+    make_directory 0750 root:ctrl-exec-agent /var/lib/ctrl-exec-agent/runs
+    make_directory 0700 root:root /var/lib/ctrl-exec-agent/locks
+    example agent "$work/agent.conf"
+    make_conf "$work/agent.conf" ctrl-exec-agent /etc/ctrl-exec-agent/agent.conf
+    cat >"$work/scripts.conf" <<'END'
+# ==== /etc/ctrl-exec-agent/scripts.conf: what may run on this host; nothing else does ====
+# Read at start and on SIGHUP. One script a line:
+#   NAME = /absolute/path [profile=P] [timeout=SECONDS] [max_running=N]
+#uptime = /usr/bin/uptime
+END
+    make_conf "$work/scripts.conf" ctrl-exec-agent /etc/ctrl-exec-agent/scripts.conf
+    install_service
+}
+
+has_openrc() { has openrc-run || [ -x /sbin/openrc-run ]; }
+has_systemd() { has systemctl || [ -d /run/systemd/system ]; }
+
+install_service() {
+    # A staged tree is for another machine: it gets the unit in any case.
+    if [ "$kind" = staged ] || has_systemd; then
+        render_unit >"$work/unit"
+        mkdir -p "$(dirname "$unit")"
+        put "$work/unit" "$unit" 0644
+        if runs_systemd; then systemctl daemon-reload || true; fi
+    fi
+    if has_openrc; then
+        render_init >"$work/init"
+        mkdir -p "$(dirname "$init")"
+        put "$work/init" "$init" 0755
+    fi
+}
+
+render_unit() {
+    cat <<END
+# The ctrl-exec agent; $mark, which replaces it: for changes, \`systemctl edit ctrl-exec-agent\`.
+[Unit]
+Description=ctrl-exec agent
+Wants=network-online.target
+After=network-online.target
+
+[Service]
+Type=notify
+NotifyAccess=main
+ExecStart=$prefix/bin/cea serve
+ExecReload=/bin/kill -HUP \$MAINPID
+# A restart ends the agent and not the scripts it runs: they finish, and their results are kept.
+KillMode=process
+# One script that eats all memory must not take the agent and the other scripts with it.
+OOMPolicy=continue
+Restart=on-failure
+RestartSec=2
+# 78: the configuration is wrong or the host is not paired. Starting again would not change that.
+RestartPreventExitStatus=78
+# No sandbox (ProtectSystem=, PrivateTmp=, NoNewPrivileges=, ...) on purpose: all of it would hold for the
+# scripts too, and they are here to change the system. The agent confines itself: what faces the network
+# runs as the user ctrl-exec-agent, and scripts run as what their profile in agent.conf says.
+
+[Install]
+WantedBy=multi-user.target
+END
+}
+
+render_init() {
+    cat <<END
+#!/sbin/openrc-run
+# The ctrl-exec agent; $mark, which replaces it.
+
+description="ctrl-exec agent"
+command="$prefix/bin/cea"
+command_args="serve"
+command_background=true
+pidfile="/run/\$RC_SVCNAME.pid"
+retry="TERM/30/KILL/5"
+extra_started_commands="reload"
+
+depend() {
+    use net logger dns
+    after firewall
+}
+
+reload() {
+    ebegin "Reloading \$RC_SVCNAME"
+    start-stop-daemon --signal HUP --pidfile "\$pidfile"
+    eend \$?
+}
+END
+}
+
+# --- go -----------------------------------------------------------------------------------------------
+
+say_next_steps() {
+    as='' # a directory that PATH may not have
+    case $prefix in
+    /usr | /usr/local) ;;
+    *) as=$prefix/bin/ ;;
+    esac
+    if [ "$kind" = program ]; then
+        say "Only the program is installed. As an ordinary user, keep all it makes below one directory:"
+        [ -z "$dispatcher" ] || say "  ${as}ced --root DIR setup-ca"
+        [ -z "$agent" ] || say "  ${as}cea --root DIR request-pairing --dispatcher HOST"
+        return
+    fi
+    if [ -n "$dispatcher" ]; then
+        say "Next, on the control host (what exists already is kept):"
+        say "  ${as}ced setup-ca"
+        say "  ${as}ced setup-ctrl-exec"
+        say "  ${as}ced pairing-mode                  while hosts are being paired"
+    fi
+    if [ -n "$agent" ]; then
+        say "Next, on the managed host:"
+        say "  ${as}cea request-pairing --dispatcher CONTROL-HOST"
+        say "  edit /etc/ctrl-exec-agent/scripts.conf: what may run here"
+        if has_systemd; then
+            say "  systemctl enable --now ctrl-exec-agent"
+        elif has_openrc; then
+            say "  rc-update add ctrl-exec-agent default && rc-service ctrl-exec-agent start"
+        else
+            say "  have your service manager run this as root: $prefix/bin/cea serve"
+        fi
+        if runs_systemd && systemctl is-active --quiet ctrl-exec-agent; then
+            say "The agent that is running is the one from before: systemctl restart ctrl-exec-agent"
+        fi
+    fi
+}
+
+install_program
+if [ "$kind" != program ]; then
+    [ -z "$dispatcher" ] || install_dispatcher
+    [ -z "$agent" ] || install_agent
+fi
+say_next_steps

@@ -1,0 +1,746 @@
+"""install.sh: what it puts where, what it leaves alone, and that what it installs works."""
+
+import configparser
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+
+import pytest
+
+import ctrl_exec
+import support
+
+REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SCRIPT = os.path.join(REPOSITORY, "install.sh")
+SHELLS = [
+    words for words in (["sh"], ["dash"], ["busybox", "sh"], ["bash", "--posix"]) if shutil.which(words[0])
+]
+BOTH = ("--dispatcher", "--agent")
+PYC = os.path.basename(importlib.util.cache_from_source("ctrl_exec.py"))
+
+LIB = "usr/local/lib/ctrl-exec"
+BIN = "usr/local/bin"
+LINK = "../lib/ctrl-exec/launch"
+UNIT = "etc/systemd/system/ctrl-exec-agent.service"
+PROGRAM_FILES = {
+    LIB + "/ctrl_exec.py": 0o755,
+    LIB + "/launch": 0o755,
+    LIB + "/__pycache__/" + PYC: 0o644,
+}
+DISPATCHER_LINKS = {BIN + "/" + name: LINK for name in ("ced", "ctrl-exec", "ctrl-exec-dispatcher")}
+AGENT_LINKS = {BIN + "/" + name: LINK for name in ("cea", "ctrl-exec-agent")}
+CONFIGURATION = {
+    "etc/ctrl-exec/ctrl-exec.conf": 0o640,
+    "etc/ctrl-exec-agent/agent.conf": 0o640,
+    "etc/ctrl-exec-agent/scripts.conf": 0o640,
+}
+DIRECTORIES = {
+    "etc/ctrl-exec": (0o750, "root", "ctrl-exec"),
+    "etc/ctrl-exec-agent": (0o750, "root", "ctrl-exec-agent"),
+    "var/lib/ctrl-exec": (0o750, "root", "ctrl-exec"),
+    "var/lib/ctrl-exec/agents": (0o750, "root", "ctrl-exec"),
+    "var/lib/ctrl-exec/locks": (0o770, "root", "ctrl-exec"),
+    "var/lib/ctrl-exec/runs": (0o750, "root", "ctrl-exec"),
+    "var/lib/ctrl-exec/pairing": (0o770, "root", "ctrl-exec"),
+    "var/lib/ctrl-exec/pairing-tokens": (0o700, "root", "root"),
+    "var/lib/ctrl-exec-agent": (0o755, "root", "root"),
+    "var/lib/ctrl-exec-agent/runs": (0o750, "root", "ctrl-exec-agent"),
+    "var/lib/ctrl-exec-agent/locks": (0o700, "root", "root"),
+}
+
+
+def install(stage, *options, shell=("sh",), script=SCRIPT, env=None, **how):
+    """Run install.sh with DESTDIR; a value of None in `env` takes a variable away."""
+    environment = {
+        **os.environ,
+        "DESTDIR": str(stage),
+        "PYTHON": sys.executable,
+        "LC_ALL": "C",
+        **(env or {}),
+    }
+    environment = {name: value for name, value in environment.items() if value is not None}
+    return subprocess.run(
+        [*shell, str(script), *options],
+        env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, **how
+    )  # fmt: skip
+
+
+def succeed(*words, **how):
+    done = install(*words, **how)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return done
+
+
+def tree(top):
+    """Every path below `top`: the mode of a file or directory, the target of a link."""
+    found = {}
+    for directory, names, files in os.walk(str(top)):
+        for name in names + files:
+            path = os.path.join(directory, name)
+            status = os.lstat(path)
+            link = stat.S_ISLNK(status.st_mode)
+            found[os.path.relpath(path, str(top))] = (
+                os.readlink(path) if link else stat.S_IMODE(status.st_mode)
+            )
+    return found
+
+
+def files_of(top):
+    return {path: mode for path, mode in tree(top).items() if not os.path.isdir(os.path.join(str(top), path))}
+
+
+def snapshot(top):
+    """Files and links with all that a second installation could change about them."""
+    found = {}
+    for path, mode in files_of(top).items():
+        full = os.path.join(str(top), path)
+        with open(full, "rb") as file:
+            found[path] = (mode, os.lstat(full).st_mtime_ns, os.lstat(full).st_ino, file.read())
+    return found
+
+
+def read(*parts):
+    with open(os.path.join(*map(str, parts)), encoding="utf-8") as file:
+        return file.read()
+
+
+def put(path, text, mode=0o755):
+    os.makedirs(os.path.dirname(str(path)), exist_ok=True)
+    with open(str(path), "w", encoding="utf-8") as file:
+        file.write(text)
+    os.chmod(str(path), mode)
+
+
+def fake_path(directory, **programs):
+    """A PATH on which these programs come first; each value is the body of a shell script."""
+    for name, body in programs.items():
+        put(os.path.join(str(directory), name.replace("_", "-")), "#!/bin/sh\n%s\n" % body)
+    return str(directory) + ":" + os.environ["PATH"]
+
+
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory):
+    """Both roles, staged once, for tests that only look or run."""
+    stage = tmp_path_factory.mktemp("staged") / "tree"
+    succeed(stage, *BOTH)
+    return stage
+
+
+# --- the tree -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shell", SHELLS, ids="-".join)
+def test_staging_makes_this_tree_with_these_modes_whatever_the_umask(tmp_path, shell):
+    stage = tmp_path / "a stage"
+    succeed(
+        stage,
+        *BOTH,
+        shell=shell,
+        umask=0o077,
+        env={"PATH": fake_path(tmp_path / "fake", openrc_run="exit 1")},
+    )
+    expected = {**PROGRAM_FILES, **DISPATCHER_LINKS, **AGENT_LINKS, **CONFIGURATION}
+    expected.update({UNIT: 0o644, "etc/init.d/ctrl-exec-agent": 0o755})
+    assert files_of(stage) == expected
+    found = tree(stage)
+    assert {path: found[path] for path in DIRECTORIES} == {
+        path: mode for path, (mode, _, _) in DIRECTORIES.items()
+    }
+    shared = ["usr", "usr/local", BIN, "usr/local/lib", LIB, LIB + "/__pycache__", "etc", "var", "var/lib"]
+    assert {found[path] for path in shared} == {0o755}
+
+
+def test_the_dispatcher_role_brings_nothing_of_the_agent(tmp_path):
+    succeed(tmp_path, "--dispatcher")
+    assert files_of(tmp_path) == {**PROGRAM_FILES, **DISPATCHER_LINKS, "etc/ctrl-exec/ctrl-exec.conf": 0o640}
+
+
+def test_the_agent_role_brings_nothing_of_the_dispatcher(tmp_path):
+    done = succeed(tmp_path, "--agent")
+    found = files_of(tmp_path)
+    found.pop("etc/init.d/ctrl-exec-agent", None)  # where OpenRC is
+    agent = {path: mode for path, mode in CONFIGURATION.items() if "agent" in path}
+    assert found == {**PROGRAM_FILES, **AGENT_LINKS, **agent, UNIT: 0o644}
+    assert "request-pairing" in done.stdout and "setup-ca" not in done.stdout
+
+
+def test_configuration_files_are_the_examples_and_allow_nothing(staged):
+    for role, path in (
+        ("dispatcher", "etc/ctrl-exec/ctrl-exec.conf"),
+        ("agent", "etc/ctrl-exec-agent/agent.conf"),
+    ):
+        assert read(staged, path) == ctrl_exec.render_example(role) + "\n"
+    lines = read(staged, "etc/ctrl-exec-agent/scripts.conf").splitlines()
+    assert lines and all(line.startswith("#") for line in lines)
+
+
+def test_a_staged_tree_works_where_it_is_moved_to(tmp_path):
+    succeed(tmp_path / "here", *BOTH)
+    os.rename(str(tmp_path / "here"), str(tmp_path / "there"))
+    for link in {**DISPATCHER_LINKS, **AGENT_LINKS}:
+        done = subprocess.run(
+            [str(tmp_path / "there" / link), "--version"], capture_output=True, text=True, timeout=60
+        )
+        assert done.stdout.startswith("ctrl-exec " + ctrl_exec.__version__), done.stderr
+
+
+def test_a_relative_destdir_is_below_the_working_directory(tmp_path):
+    succeed("out", "--dispatcher", cwd=str(tmp_path))
+    assert set(DISPATCHER_LINKS) < set(files_of(tmp_path / "out"))
+
+
+def test_prefix_moves_the_program_and_the_service_follows(tmp_path):
+    succeed(tmp_path, *BOTH, "--prefix=/usr/")
+    found = files_of(tmp_path)
+    assert "usr/bin/ced" in found and "usr/lib/ctrl-exec/ctrl_exec.py" in found
+    assert "ExecStart=/usr/bin/cea serve\n" in read(
+        tmp_path, "usr/lib/systemd/system/ctrl-exec-agent.service"
+    )
+    assert not [path for path in found if path.startswith("usr/local")]
+
+
+# --- again, over an older one, and back -------------------------------------------------------------------
+
+
+def test_a_second_run_changes_nothing_and_says_what_it_kept(tmp_path):
+    succeed(tmp_path, *BOTH)
+    before = snapshot(tmp_path)
+    done = succeed(tmp_path, *BOTH)
+    assert snapshot(tmp_path) == before
+    assert "installed:" not in done.stdout
+    assert sorted(re.findall(r"kept: /(\S+)", done.stdout)) == sorted(CONFIGURATION)
+
+
+def test_edited_configuration_keeps_its_text_and_its_mode(tmp_path):
+    succeed(tmp_path, *BOTH)
+    for number, path in enumerate(CONFIGURATION):
+        put(tmp_path / path, "# mine %d\n" % number, 0o600)
+    os.unlink(str(tmp_path / "etc/ctrl-exec/ctrl-exec.conf"))
+    os.symlink("/nowhere/else.conf", str(tmp_path / "etc/ctrl-exec/ctrl-exec.conf"))
+    succeed(tmp_path, *BOTH)
+    assert os.readlink(str(tmp_path / "etc/ctrl-exec/ctrl-exec.conf")) == "/nowhere/else.conf"
+    for number, path in list(enumerate(CONFIGURATION))[1:]:
+        assert read(tmp_path, path) == "# mine %d\n" % number
+        assert stat.S_IMODE(os.stat(str(tmp_path / path)).st_mode) == 0o600
+
+
+def test_a_second_run_repairs_what_is_missing(tmp_path):
+    succeed(tmp_path, *BOTH)
+    before = tree(tmp_path)
+    for path in (
+        LIB + "/__pycache__/" + PYC,
+        LIB + "/launch",
+        BIN + "/cea",
+        "etc/ctrl-exec-agent/scripts.conf",
+    ):
+        os.unlink(str(tmp_path / path))
+    os.chmod(str(tmp_path / "var/lib/ctrl-exec/runs"), 0o777)
+    succeed(tmp_path, *BOTH)
+    assert tree(tmp_path) == before
+
+
+def test_a_newer_program_replaces_the_older_one_and_is_compiled(tmp_path):
+    stage = tmp_path / "stage"
+    succeed(stage, "--dispatcher")
+    newer = tmp_path / "newer"
+    newer.mkdir()
+    shutil.copy(SCRIPT, str(newer))
+    text = read(REPOSITORY, "ctrl_exec.py")
+    put(newer / "ctrl_exec.py", re.sub(r"(?m)^__version__ = .*$", '__version__ = "99.1.2"', text))
+    succeed(stage, "--dispatcher", script=newer / "install.sh")
+    done = run_launcher(stage, "ced", "--version", python_options=["-v"])
+    assert done.stdout.startswith("ctrl-exec 99.1.2 ")
+    assert "code object from " + repr(str(stage / LIB / "__pycache__" / PYC)) in done.stderr
+
+
+def test_uninstall_takes_the_program_and_leaves_configuration_and_state(tmp_path):
+    succeed(tmp_path, *BOTH)
+    put(tmp_path / "var/lib/ctrl-exec/agents/web-01.json", "{}", 0o640)
+    put(tmp_path / "etc/ctrl-exec/ca.key", "secret", 0o600)
+    before = tree(tmp_path)
+    done = succeed(tmp_path, "--uninstall")
+    kept = ("etc/ctrl-exec", "var/lib/ctrl-exec")
+    assert files_of(tmp_path) == {
+        **CONFIGURATION, "var/lib/ctrl-exec/agents/web-01.json": 0o640, "etc/ctrl-exec/ca.key": 0o600,
+    }  # fmt: skip
+    after = tree(tmp_path)
+    assert {p: m for p, m in after.items() if p.startswith(kept)} == {
+        p: m for p, m in before.items() if p.startswith(kept)
+    }
+    assert not os.path.exists(str(tmp_path / LIB))
+    for path in ("/etc/ctrl-exec", "/var/lib/ctrl-exec", "/etc/ctrl-exec-agent", "/var/lib/ctrl-exec-agent"):
+        assert re.search(r"(?m)^left as it is:.* %s( |$)" % path, done.stdout)
+    assert "removed:" not in succeed(tmp_path, "--uninstall").stdout
+
+
+def test_uninstalling_one_role_leaves_the_other_working(tmp_path):
+    succeed(tmp_path, *BOTH)
+    succeed(tmp_path, "--uninstall", "--agent")
+    found = files_of(tmp_path)
+    assert set(DISPATCHER_LINKS) | set(PROGRAM_FILES) <= set(found)
+    assert not set(AGENT_LINKS) & set(found) and UNIT not in found
+    assert run_launcher(tmp_path, "ced", "--version").returncode == 0
+
+
+def test_uninstall_leaves_files_of_others(tmp_path):
+    succeed(tmp_path, *BOTH)
+    os.unlink(str(tmp_path / BIN / "ced"))
+    put(tmp_path / BIN / "ced", "somebody else's")
+    put(tmp_path / LIB / "notes", "mine")
+    put(tmp_path / UNIT, "[Service]\nExecStart=/opt/other/cea serve\n", 0o644)
+    done = succeed(tmp_path, "--uninstall")
+    found = files_of(tmp_path)
+    assert set(found) == {BIN + "/ced", LIB + "/notes", UNIT, *CONFIGURATION}
+    assert "being of another origin: /usr/local/bin/ced" in done.stdout
+    assert "holding other files: /usr/local/lib/ctrl-exec" in done.stdout
+
+
+def test_uninstalling_one_prefix_keeps_the_service_of_another(tmp_path):
+    succeed(tmp_path, "--agent")
+    succeed(tmp_path, "--uninstall", "--agent", "--prefix", "/opt/other")
+    assert "ExecStart=/usr/local/bin/cea serve\n" in read(tmp_path, UNIT)
+
+
+# --- refusals: one sentence, and nothing is changed -------------------------------------------------------
+
+
+def refused(done, status, stage, *, left=()):
+    """install.sh said one line, ended with `status`, and the stage holds only `left`."""
+    assert done.returncode == status, done.stdout + done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("install.sh: ") and done.stderr.count("\n") == 1, done.stderr
+    assert sorted(files_of(stage) if os.path.isdir(str(stage)) else ()) == sorted(left)
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    "options, word",
+    [
+        ((), "which role"),
+        (("--agnet",), "`--agnet'"),
+        (("--agent", "extra"), "`extra'"),
+        (("--agent", "--prefix"), "--prefix needs"),
+        (("--agent", "--prefix", "relative/path"), "absolute"),
+        (("--agent", "--prefix", "/with space"), "letters, digits"),
+        (("--agent", "--prefix", "/a\nExecStart=/bin/x"), None),
+        (("--agent", "--run-tests"), "no other option"),
+    ],
+)
+def test_a_wrong_command_line_is_refused_before_anything_is_changed(tmp_path, options, word):
+    done = install(tmp_path / "stage", *options)
+    assert done.returncode == 2 and done.stderr.startswith("install.sh: ")
+    assert not os.path.exists(str(tmp_path / "stage"))
+    if word is not None:
+        assert word in refused(done, 2, tmp_path / "stage")
+
+
+@pytest.mark.parametrize("others", [(), BOTH, ("--uninstall",)])
+def test_the_api_role_is_refused_before_anything_is_changed(tmp_path, others):
+    said = refused(install(tmp_path / "stage", "--api", *others), 1, tmp_path / "stage")
+    assert "not part of this version" in said
+
+
+def test_help_names_every_option(tmp_path):
+    done = succeed(tmp_path / "stage", "--help")
+    for option in (*BOTH, "--api", "--uninstall", "--run-tests", "--prefix", "--help", "DESTDIR", "PYTHON"):
+        assert option in done.stdout
+    assert not os.path.exists(str(tmp_path / "stage"))
+
+
+def test_a_python_that_is_too_old_is_refused(tmp_path):
+    put(
+        tmp_path / "python3", "#!/bin/sh\nexit 1\n"
+    )  # as an older one answers: it knows no -I, or is below 3.9
+    done = install(tmp_path / "stage", *BOTH, env={"PYTHON": str(tmp_path / "python3")})
+    assert "Python 3.9" in refused(done, 1, tmp_path / "stage")
+
+
+def test_a_machine_without_openssl_is_refused(tmp_path):
+    tools = "sh dirname cat cut cmp cp chmod mv mkdir mktemp rm rmdir ln readlink grep id sed env"
+    (tmp_path / "bin").mkdir()
+    for name in tools.split():
+        os.symlink(shutil.which(name), str(tmp_path / "bin" / name))
+    done = install(tmp_path / "stage", *BOTH, env={"PATH": str(tmp_path / "bin")})
+    assert "openssl" in refused(done, 1, tmp_path / "stage")
+
+
+def test_a_program_of_another_origin_is_not_overwritten(tmp_path):
+    put(tmp_path / BIN / "ctrl-exec-dispatcher", "an older program")
+    said = refused(install(tmp_path, *BOTH), 1, tmp_path, left=[BIN + "/ctrl-exec-dispatcher"])
+    assert "/usr/local/bin/ctrl-exec-dispatcher is there already" in said
+    assert read(tmp_path, BIN, "ctrl-exec-dispatcher") == "an older program"
+
+
+def test_a_service_of_another_origin_is_not_overwritten(tmp_path):
+    os.makedirs(os.path.dirname(str(tmp_path / UNIT)))
+    os.symlink("/dev/null", str(tmp_path / UNIT))  # masked by the administrator
+    assert "is there already" in refused(install(tmp_path, "--agent"), 1, tmp_path, left=[UNIT])
+
+
+# --- as an ordinary user ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ordinary(tmp_path):
+    """Environment in which install.sh is run by an ordinary user; root is told so by a false `id`."""
+    env = {"DESTDIR": None}
+    if support.IS_ROOT:
+        env["PATH"] = fake_path(
+            tmp_path / "fake", id="echo 1000", chown="exit 9", useradd="exit 9", groupadd="exit 9"
+        )
+    return env
+
+
+def test_an_ordinary_user_gets_the_program_alone_in_a_prefix_of_his_own(tmp_path, ordinary):
+    prefix = tmp_path / "local"
+    done = succeed("", *BOTH, "--prefix", str(prefix), env=ordinary)
+    moved = {
+        path[len("usr/local/") :]: value
+        for path, value in {**PROGRAM_FILES, **DISPATCHER_LINKS, **AGENT_LINKS}.items()
+    }
+    assert files_of(prefix) == moved
+    assert "Only the program is installed" in done.stdout
+    succeed("", "--uninstall", "--prefix", str(prefix), env=ordinary)
+    assert files_of(prefix) == {}
+
+
+def test_an_unwritable_prefix_is_refused_in_one_sentence(tmp_path, ordinary):
+    put(tmp_path / "file", "no directory")
+    done = install("", "--agent", "--prefix", str(tmp_path / "file" / "deep"), env=ordinary)
+    assert "run this as root, or with --prefix DIR or DESTDIR" in refused(done, 1, tmp_path / "file")
+
+
+def test_what_a_user_installed_sets_up_a_control_host_below_a_root(tmp_path, ordinary):
+    prefix, root = tmp_path / "local", tmp_path / "root"
+    succeed("", "--dispatcher", "--prefix", str(prefix), env=ordinary)
+    for words in (["setup-ca"], ["setup-ctrl-exec"], ["check"], ["list-agents", "--json"]):
+        done = run_program([str(prefix / "bin" / "ced"), "--root", str(root), *words])
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["agents"] == []
+    assert os.path.exists(str(root / "etc/ctrl-exec/ca.key"))
+
+
+# --- what is installed works ------------------------------------------------------------------------------
+
+
+def run_program(argv, env=None, cwd=None):
+    environment = {"PATH": ctrl_exec.SAFE_PATH, "LC_ALL": "C", **(env or {})}
+    return subprocess.run(argv, env=environment, cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
+def run_launcher(stage, link, *words, python_options=(), **how):
+    """Run an installed command by its interpreter, as its first line does, with more options for that."""
+    path = os.path.join(str(stage), BIN, link)
+    return run_program([sys.executable, "-I", *python_options, path, *words], **how)
+
+
+def test_the_installed_file_is_the_one_of_the_checkout(staged):
+    done = run_program([str(staged / BIN / "ced"), "--version"])
+    with open(support.PROGRAM, "rb") as file:
+        digest = hashlib.sha256(file.read()).hexdigest()[:12]
+    assert "(file %s, Python %d.%d.%d," % ((digest,) + sys.version_info[:3]) in done.stdout
+
+
+@pytest.mark.parametrize(
+    "link, verb",
+    [(os.path.basename(link), "setup-ca") for link in DISPATCHER_LINKS]
+    + [(os.path.basename(link), "self-check") for link in AGENT_LINKS],
+)
+def test_each_name_is_its_role(staged, link, verb):
+    done = run_program([str(staged / BIN / link), "--help"])
+    assert done.returncode == 0 and re.search(r"(?m)^  %s " % verb, done.stdout)
+
+
+def test_the_launcher_serves_what_needs_no_role(staged):
+    done = run_program([str(staged / LIB / "launch"), "conf-example", "agent"])
+    assert (done.returncode, done.stdout) == (0, ctrl_exec.render_example("agent") + "\n")
+
+
+def test_exit_statuses_come_through_the_launcher(staged):
+    assert run_program([str(staged / BIN / "ced"), "no-such-verb"]).returncode == ctrl_exec.EXIT_USAGE
+
+
+def test_the_first_line_names_one_interpreter_by_its_path_in_isolated_mode(staged):
+    line = read(staged, LIB, "launch").splitlines()[0]
+    assert re.fullmatch(r"#!/\S+ -I", line)
+    version = subprocess.run(
+        [line[2:-3], "-c", "import sys; print(sys.version)"], capture_output=True, text=True, timeout=60
+    )
+    assert version.stdout.strip() == sys.version.strip()
+
+
+def test_the_compiled_program_is_used_and_not_compiled_again(staged):
+    cache = str(staged / LIB / "__pycache__" / PYC)
+    before = os.stat(cache)
+    done = run_launcher(staged, "ced", "--version", python_options=["-v"])
+    assert "code object from " + repr(cache) in done.stderr
+    assert "wrote " + repr(cache) not in done.stderr
+    after = os.stat(cache)
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_the_launcher_takes_no_module_from_the_working_directory_or_the_environment(staged, tmp_path):
+    for name in ("json", "ssl", "os", "ctrl_exec", "sitecustomize", "usercustomize"):
+        put(tmp_path / (name + ".py"), "print('taken over')\nraise SystemExit(99)\n", 0o644)
+    env = {"PYTHONPATH": str(tmp_path), "PYTHONSTARTUP": str(tmp_path / "os.py"), "HOME": str(tmp_path)}
+    done = run_program([str(staged / BIN / "ced"), "--version"], env=env, cwd=str(tmp_path))
+    assert done.returncode == 0 and done.stdout.startswith("ctrl-exec ") and "taken over" not in done.stdout
+
+
+# --- services -------------------------------------------------------------------------------------------
+
+
+def test_the_unit_lets_scripts_outlive_a_restart_and_does_not_confine_them(staged):
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.optionxform = str
+    unit.read_string(read(staged, UNIT))
+    service = dict(unit["Service"])
+    assert service == {
+        "Type": "notify",
+        "NotifyAccess": "main",
+        "ExecStart": "/usr/local/bin/cea serve",
+        "ExecReload": "/bin/kill -HUP $MAINPID",
+        "KillMode": "process",
+        "OOMPolicy": "continue",
+        "Restart": "on-failure",
+        "RestartSec": "2",
+        "RestartPreventExitStatus": str(ctrl_exec.EXIT_CONFIG),
+    }
+    assert unit["Install"]["WantedBy"] == "multi-user.target"
+    assert os.path.lexists(str(staged / service["ExecStart"].split()[0].lstrip("/")))
+
+
+def test_the_openrc_script_is_sound_and_starts_the_same(tmp_path):
+    env = {"PATH": fake_path(tmp_path / "fake", openrc_run="exit 1")}
+    succeed(tmp_path / "stage", "--agent", env=env)
+    path = str(tmp_path / "stage/etc/init.d/ctrl-exec-agent")
+    show = 'RC_SVCNAME=x; . "$0"; echo "$command|$command_args|$command_background|$pidfile"; type reload >&2'
+    done = subprocess.run(["sh", "-euc", show, path], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "/usr/local/bin/cea|serve|true|/run/x.pid\n")
+
+
+# --- the tests' own start ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_checkout(tmp_path):
+    top = tmp_path / "checkout"
+    put(top / "install.sh", read(SCRIPT))
+    put(
+        top / "tests/test_small.py",
+        "def test_good():\n    pass\n\n\ndef test_bad():\n    assert False\n",
+        0o644,
+    )
+    return top
+
+
+@pytest.mark.parametrize(
+    "arguments, status, counted",
+    [
+        ((), 1, "1 failed, 1 passed"),
+        (("-k", "good"), 0, "1 passed, 1 deselected"),
+        (("tests/test_small.py::test_good",), 0, "1 passed"),
+        (("-k", "neither"), 5, "2 deselected"),
+    ],
+)
+def test_run_tests_passes_arguments_on_and_ends_as_pytest_does(
+    small_checkout, tmp_path, arguments, status, counted
+):
+    env = {"DESTDIR": None, "PYTEST_ADDOPTS": None}
+    done = install(
+        "", "--run-tests", *arguments, script=small_checkout / "install.sh", env=env, cwd=str(tmp_path)
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    assert re.search(r"(?m)^=*\s*%s in " % re.escape(counted), done.stdout), done.stdout
+
+
+def test_run_tests_without_a_usable_python_says_so(small_checkout, tmp_path):
+    env = {"PYTHON": str(tmp_path / "no-python")}
+    done = install("", "--run-tests", script=small_checkout / "install.sh", env=env)
+    assert done.returncode == 1 and "Python 3.9" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="needs shellcheck")
+def test_shellcheck_finds_nothing():
+    scripts = [SCRIPT, os.path.join(REPOSITORY, ".ci", "run")]
+    done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+# --- a real installation ----------------------------------------------------------------------------------
+
+
+def _can_mount():
+    """Whether we may have a mount namespace of our own and mount in it."""
+    if not support.IS_ROOT or not shutil.which("unshare") or not shutil.which("nsenter"):
+        return False
+    words = ["unshare", "-m", "mount", "-t", "tmpfs", "none", "/mnt"]
+    return subprocess.run(words, capture_output=True, timeout=60).returncode == 0
+
+
+class Machine:
+    """This machine seen from a mount namespace where /etc is a copy and /var/lib, /run and /mnt are empty."""
+
+    prefix = "/mnt/local"
+
+    _SET_UP = """
+        cp -a /etc "$1/etc"
+        mount --bind "$1/etc" /etc
+        for path in /var/lib /run /mnt; do mount -t tmpfs none $path; done
+        chmod 755 /mnt
+        echo ready
+        exec cat
+    """
+
+    def __init__(self, top):
+        words = ["unshare", "-m", "sh", "-euc", self._SET_UP, "sh", str(top)]
+        self._holder = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self._holder.stdout.readline() == b"ready\n"
+        self._enter = ["nsenter", "--mount=/proc/%d/ns/mnt" % self._holder.pid]
+        self._running = []
+
+    def path(self, path):
+        return "/proc/%d/root%s" % (self._holder.pid, path)
+
+    def run(self, *argv):
+        done = run_program([*self._enter, *argv])
+        assert "Traceback" not in done.stderr, done.stderr
+        return done
+
+    def installed(self, link, *words):
+        return self.run(self.prefix + "/bin/" + link, *words)
+
+    def spawn(self, link, *words):
+        argv = [*self._enter, self.prefix + "/bin/" + link, *words]
+        env = {"PATH": ctrl_exec.SAFE_PATH}
+        process = subprocess.Popen(
+            argv, env=env, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        self._running.append(process)
+        return process
+
+    def ids(self, path):
+        """Names and numbers of /etc/passwd or /etc/group."""
+        with open(self.path(path), encoding="utf-8") as file:
+            return {line.split(":")[0]: int(line.split(":")[2]) for line in file}
+
+    def access(self, path):
+        """Mode, owner and group of a file, by name."""
+        status = os.lstat(self.path(path))
+        users = {number: name for name, number in self.ids("/etc/passwd").items()}
+        groups = {number: name for name, number in self.ids("/etc/group").items()}
+        return stat.S_IMODE(status.st_mode), users[status.st_uid], groups[status.st_gid]
+
+    def close(self):
+        for process in reversed(self._running):
+            process.terminate()
+            process.wait(30)
+            process.stdin.close()
+        self._holder.stdin.close()
+        self._holder.wait(30)
+        self._holder.stdout.close()
+
+
+@pytest.fixture
+def machine(tmp_path):
+    with contextlib.closing(Machine(tmp_path)) as one:
+        done = one.run("sh", SCRIPT, *BOTH, "--prefix", one.prefix)
+        assert done.returncode == 0, done.stdout + done.stderr
+        yield one
+
+
+needs_mounts = pytest.mark.skipif(
+    not _can_mount(), reason="needs root and a mount namespace to install for real"
+)
+
+
+@needs_mounts
+def test_a_real_installation_makes_users_and_gives_each_directory_its_owner(machine):
+    assert {path: machine.access("/" + path) for path in DIRECTORIES} == DIRECTORIES
+    assert {path: machine.access("/" + path) for path in CONFIGURATION} == {
+        path: (mode, "root", path.split("/")[1]) for path, mode in CONFIGURATION.items()
+    }
+    for user in ("ctrl-exec", "ctrl-exec-agent"):
+        with open(machine.path("/etc/passwd"), encoding="utf-8") as file:
+            (fields,) = [line.strip().split(":") for line in file if line.startswith(user + ":")]
+        assert int(fields[3]) == machine.ids("/etc/group")[user]
+        assert int(fields[2]) != 0 and os.path.basename(fields[6]) in ("nologin", "false")
+
+
+@needs_mounts
+def test_a_second_real_installation_repairs_owners_and_keeps_users_and_configuration(machine):
+    users, groups = machine.ids("/etc/passwd"), machine.ids("/etc/group")
+    os.chown(machine.path("/var/lib/ctrl-exec/pairing"), 0, 0)
+    os.chmod(machine.path("/etc/ctrl-exec-agent/agent.conf"), 0o600)
+    done = machine.run("sh", SCRIPT, *BOTH, "--prefix", machine.prefix)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {path: machine.access("/" + path) for path in DIRECTORIES} == DIRECTORIES
+    assert machine.access("/etc/ctrl-exec-agent/agent.conf")[0] == 0o600
+    assert (machine.ids("/etc/passwd"), machine.ids("/etc/group")) == (users, groups)
+    gone = machine.run("sh", SCRIPT, "--uninstall", "--prefix", machine.prefix)
+    assert gone.returncode == 0 and "the user ctrl-exec-agent" in gone.stdout
+    assert machine.ids("/etc/passwd") == users
+    assert not os.path.lexists(machine.path(machine.prefix + "/bin/cea"))
+
+
+@needs_mounts
+def test_a_real_installation_refuses_an_interpreter_that_only_root_may_read(machine, tmp_path):
+    (tmp_path / "private").mkdir(mode=0o700)
+    made = subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", "--copies", str(tmp_path / "private/venv")],
+        capture_output=True, timeout=120,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    words = [
+        "env",
+        "PYTHON=%s/private/venv/bin/python" % tmp_path,
+        "sh",
+        SCRIPT,
+        "--agent",
+        "--prefix",
+        "/mnt/other",
+    ]
+    done = machine.run(*words)
+    assert done.returncode == 1 and "where every user can read it" in done.stderr
+    assert not os.path.exists(machine.path("/mnt/other"))
+
+
+@needs_mounts
+def test_what_is_really_installed_pairs_and_answers_with_its_front_as_the_service_user(machine):
+    agent_port, pairing_port = support.free_port(), support.free_port()
+    settings = {
+        "/etc/ctrl-exec/ctrl-exec.conf": "pairing_port = %d\n" % pairing_port,
+        "/etc/ctrl-exec-agent/agent.conf": "port = %d\nbind = 127.0.0.1\n" % agent_port,
+    }
+    for path, text in settings.items():
+        example = read(machine.path(path))
+        put(machine.path(path), text + example, 0o640)
+    assert machine.installed("cea", "serve").returncode == ctrl_exec.EXIT_CONFIG  # not paired yet
+    for verb in ("setup-ca", "setup-ctrl-exec"):
+        assert machine.installed("ced", verb).returncode == 0
+    machine.spawn("ced", "pairing-mode")
+    support.wait_for_port(pairing_port)
+    dispatcher = "127.0.0.1:%d" % pairing_port
+    asked = machine.installed(
+        "cea", "request-pairing", "--dispatcher", dispatcher, "--name", "solo", "--background"
+    )
+    assert asked.returncode == 0, asked.stderr
+    assert machine.installed("ced", "approve", asked.stdout.strip()).returncode == 0
+    support.wait_until(
+        lambda: "stored" in machine.installed("cea", "pairing-status").stdout, what="the certificate"
+    )
+    agent = machine.spawn("cea", "serve")
+    support.wait_for_port(agent_port)
+    ping = machine.installed("ced", "ping", "solo", "--json")
+    assert ping.returncode == 0, ping.stdout + ping.stderr
+    with open("/proc/%d/task/%d/children" % (agent.pid, agent.pid), encoding="ascii") as file:
+        (front,) = file.read().split()
+    wanted = machine.ids("/etc/passwd")["ctrl-exec-agent"]
+    assert re.search(r"(?m)^Uid:\s+%d\s+%d\s+%d\s" % ((wanted,) * 3), read("/proc/%s/status" % front))
