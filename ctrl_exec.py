@@ -373,6 +373,14 @@ def format_event(action: str, fields: dict) -> str:
     return " ".join(words)
 
 
+def _open_log(path: str) -> int:
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
+    except OSError as error:
+        raise StorageError("cannot open the log %s: %s" % (path, error.strerror)) from error
+
+
 class EventLog:
     """Where events go: a file (with --root), else syslog, else standard error."""
 
@@ -407,14 +415,6 @@ class EventLog:
     def descriptor(self) -> int:
         """The descriptor to keep open across a fork that closes the others."""
         return self._descriptor
-
-
-def _open_log(path: str) -> int:
-    try:
-        os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
-        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
-    except OSError as error:
-        raise StorageError("cannot open the log %s: %s" % (path, error.strerror)) from error
 
 
 LOG = EventLog()
@@ -495,10 +495,9 @@ def become_user(user: str) -> None:
 
 def read_file(path: str, limit: int = MAX_STATE_FILE) -> bytes:
     """The content of a regular file of at most `limit` bytes. Raises StorageError, or FileNotFoundError."""
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO in the place of a file must not hold us
     try:
-        # O_NONBLOCK: a FIFO put in the place of a file must not hold us
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as file:
+        with open(path, "rb", opener=lambda name, _: os.open(name, flags)) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise StorageError("%s: not a regular file" % path)
             data = file.read(limit + 1)
@@ -701,6 +700,13 @@ class Finished(NamedTuple):
     stderr: bytes
 
 
+def _close_quietly(pipe: Any) -> None:
+    try:
+        pipe.close()
+    except OSError:  # what was buffered for a program that is dead
+        pass
+
+
 def run_program(
     argv: list, stdin: bytes = b"", env: Optional[dict] = None, timeout: float = 30, discard: bool = False
 ) -> Finished:
@@ -743,13 +749,6 @@ def start_program(argv: list, env: dict, output: int) -> Any:
     return subprocess.Popen(
         argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=env, cwd="/", start_new_session=True
     )
-
-
-def _close_quietly(pipe: Any) -> None:
-    try:
-        pipe.close()
-    except OSError:  # what was buffered for a program that is dead
-        pass
 
 
 # ======================================================================================================
@@ -1146,6 +1145,11 @@ class _ConfigReader:
             ) from None
 
 
+def complete_profile(given: dict) -> dict:
+    """A profile's values with the defaults of those it does not set."""
+    return {row.key: given.get(row.key, row.parse(row.default)) for row in SETTINGS if row.role == "profile"}
+
+
 def load_config(role: str, path: str = "", root: str = "") -> Config:
     """Read a role's configuration: the file, then the defaults (moved below `root`).
 
@@ -1176,11 +1180,6 @@ def load_config(role: str, path: str = "", root: str = "") -> Config:
     return Config(role, chosen, root, values, reader.tags, profiles, tuple(reader.warnings))
 
 
-def complete_profile(given: dict) -> dict:
-    """A profile's values with the defaults of those it does not set."""
-    return {row.key: given.get(row.key, row.parse(row.default)) for row in SETTINGS if row.role == "profile"}
-
-
 _EXAMPLE_HEADS = {
     "dispatcher": """\
 # ==== {file}: the dispatcher (ced) and the API ====
@@ -1203,6 +1202,13 @@ _EXAMPLE_HEADS = {
 }
 
 
+def _render_rows(role: str) -> Iterator[str]:
+    for row in SETTINGS:
+        if row.role == role:
+            older = " (older name: %s)" % row.older if row.older else ""
+            yield "# %s%s\n#%s\n" % (row.help, older, ("%s = %s" % (row.key, row.default)).rstrip())
+
+
 def render_example(role: str) -> str:
     """The example file of one role: every key, commented out, with its default and what it means."""
     parts = [_EXAMPLE_HEADS[role].format(file=_CONFIG_FILES[role])]
@@ -1211,13 +1217,6 @@ def render_example(role: str) -> str:
         parts.append(_EXAMPLE_HEADS["profile"])
         parts += _render_rows("profile")
     return "\n".join(parts)
-
-
-def _render_rows(role: str) -> Iterator[str]:
-    for row in SETTINGS:
-        if row.role == role:
-            older = " (older name: %s)" % row.older if row.older else ""
-            yield "# %s%s\n#%s\n" % (row.help, older, ("%s = %s" % (row.key, row.default)).rstrip())
 
 
 # ======================================================================================================
@@ -1411,6 +1410,40 @@ def read_certificate_file(path: str) -> bytes:
         raise TrustError("%s: no such file" % path) from None
 
 
+def parse_openssl_time(text: str) -> float:
+    """`Nov 23 18:09:47 2026 GMT`, as openssl and getpeercert() write it, in seconds since the epoch."""
+    return float(ssl.cert_time_to_seconds(text))
+
+
+class _WorkDirectory:
+    """A directory that only we can read, for as long as openssl needs files."""
+
+    def __init__(self) -> None:
+        self._path = ""
+        self.common_name = ""
+
+    def __enter__(self) -> "_WorkDirectory":
+        import tempfile
+
+        self._path = tempfile.mkdtemp(prefix="ctrl-exec-")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in os.listdir(self._path):
+            os.unlink(os.path.join(self._path, name))
+        os.rmdir(self._path)
+
+    def put(self, name: str, text: str) -> str:
+        path = os.path.join(self._path, name)
+        write_atomic(path, text.encode("ascii"), mode=0o600)
+        return path
+
+    def write(self, name: str, template: str, subject: str, extensions: str) -> str:
+        self.common_name = shorten_common_name(subject)
+        values = {"work": self._path, "common_name": self.common_name, "extensions": extensions}
+        return self.put(name, template.format(**values))
+
+
 class OpenSSL:
     """The openssl program. One object, made once; each method is one task done by it."""
 
@@ -1544,40 +1577,6 @@ class OpenSSL:
             raise TrustError("the certificate does not belong to the key %s" % key_path)
 
 
-def parse_openssl_time(text: str) -> float:
-    """`Nov 23 18:09:47 2026 GMT`, as openssl and getpeercert() write it, in seconds since the epoch."""
-    return float(ssl.cert_time_to_seconds(text))
-
-
-class _WorkDirectory:
-    """A directory that only we can read, for as long as openssl needs files."""
-
-    def __init__(self) -> None:
-        self._path = ""
-        self.common_name = ""
-
-    def __enter__(self) -> "_WorkDirectory":
-        import tempfile
-
-        self._path = tempfile.mkdtemp(prefix="ctrl-exec-")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for name in os.listdir(self._path):
-            os.unlink(os.path.join(self._path, name))
-        os.rmdir(self._path)
-
-    def put(self, name: str, text: str) -> str:
-        path = os.path.join(self._path, name)
-        write_atomic(path, text.encode("ascii"), mode=0o600)
-        return path
-
-    def write(self, name: str, template: str, subject: str, extensions: str) -> str:
-        self.common_name = shorten_common_name(subject)
-        values = {"work": self._path, "common_name": self.common_name, "extensions": extensions}
-        return self.put(name, template.format(**values))
-
-
 # ======================================================================================================
 # 6. TRUST
 # Owns:  who is believed: the CA, an identity on disk, the trusted-dispatchers map, revocations, the one
@@ -1694,6 +1693,15 @@ class Identity(NamedTuple):
     ca: str
 
 
+def _find_group(name: str) -> int:
+    import grp
+
+    try:
+        return grp.getgrnam(name).gr_gid if name else -1
+    except KeyError:
+        return -1
+
+
 def check_key_mode(path: str, group: str = "") -> None:
     """Raise TrustError when others can read a private key; `group` may (an older installation's 0640)."""
     try:
@@ -1708,15 +1716,6 @@ def check_key_mode(path: str, group: str = "") -> None:
     if loose:
         mode = stat.S_IMODE(status.st_mode)
         raise TrustError("%s: mode %04o lets others at a private key" % (path, mode), "chmod 600 " + path)
-
-
-def _find_group(name: str) -> int:
-    import grp
-
-    try:
-        return grp.getgrnam(name).gr_gid if name else -1
-    except KeyError:
-        return -1
 
 
 def new_key_file(openssl: OpenSSL, path: str, kind: str, directory_mode: int = 0o755) -> None:
@@ -1821,6 +1820,11 @@ def _apply_policy(context: ssl.SSLContext) -> ssl.SSLContext:
     return context
 
 
+def render_reason(reason: str) -> str:
+    """OpenSSL's `KEY_VALUES_MISMATCH` as `key values mismatch`."""
+    return reason.replace("_", " ").lower()
+
+
 def _load_identity(context: ssl.SSLContext, identity: Identity, group: str) -> None:
     check_key_mode(identity.key, group)
     try:
@@ -1829,7 +1833,7 @@ def _load_identity(context: ssl.SSLContext, identity: Identity, group: str) -> N
         raise TrustError("%s: no such file" % identity.cert) from None
     except (OSError, ssl.SSLError) as error:
         what = getattr(error, "reason", None) or error.strerror or "cannot be loaded"
-        raise TrustError("%s with %s: %s" % (identity.cert, identity.key, words(what))) from error
+        raise TrustError("%s with %s: %s" % (identity.cert, identity.key, render_reason(what))) from error
 
 
 def _load_ca(context: ssl.SSLContext, path: str) -> None:
@@ -1839,11 +1843,6 @@ def _load_ca(context: ssl.SSLContext, path: str) -> None:
         raise TrustError("%s: no such file" % path) from None
     except (OSError, ssl.SSLError) as error:
         raise TrustError("%s: not a CA certificate" % path) from error
-
-
-def words(reason: str) -> str:
-    """OpenSSL's `KEY_VALUES_MISMATCH` as `key values mismatch`."""
-    return reason.replace("_", " ").lower()
 
 
 def new_server_context(identity: Identity, verify_clients: bool, group: str = "") -> ssl.SSLContext:
@@ -1941,7 +1940,7 @@ def describe_tls_error(error: ssl.SSLError) -> str:
     reason = error.reason or ""
     if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)) or "EOF" in reason:
         return "it closed the connection during TLS"
-    return _ALERTS.get(reason) or words(reason) or "TLS failed"
+    return _ALERTS.get(reason) or render_reason(reason) or "TLS failed"
 
 
 # --- the arithmetic of pairing (the exchange is in PAIRING) ---------------------------------------------
@@ -2350,6 +2349,29 @@ def read_answer(channel: Channel, deadline: Deadline) -> Answer:
     return Answer(int(hit[2]), "1.%s" % hit[1].decode("ascii"), _parse_headers(lines))
 
 
+def _read_chunks(channel: Channel, deadline: Deadline, limit: int) -> Iterator[bytes]:
+    total = 0
+    while True:
+        size_line = channel.read_until(b"\r\n", 64, deadline)
+        if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}", size_line):
+            raise BadRequest("the answer's chunks are malformed")
+        size = int(size_line, 16)
+        total += size
+        if total > limit:
+            raise TooLarge("the answer has more than %d bytes" % limit)
+        left = size
+        while left:
+            data = channel.read_some(min(left, 65536), deadline)
+            if not data:
+                raise ConnectionError("the answer was cut short")
+            left -= len(data)
+            yield data
+        if channel.read_exactly(2, deadline) != b"\r\n":
+            raise BadRequest("the answer's chunks are malformed")
+        if size == 0:
+            return
+
+
 def read_body(
     channel: Channel, answer: Answer, deadline: Deadline, limit: int = MAX_ANSWER
 ) -> Iterator[bytes]:
@@ -2376,29 +2398,6 @@ def read_body(
         yield data
     if length is None:
         raise TooLarge("the answer has more than %d bytes" % limit)
-
-
-def _read_chunks(channel: Channel, deadline: Deadline, limit: int) -> Iterator[bytes]:
-    total = 0
-    while True:
-        size_line = channel.read_until(b"\r\n", 64, deadline)
-        if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}", size_line):
-            raise BadRequest("the answer's chunks are malformed")
-        size = int(size_line, 16)
-        total += size
-        if total > limit:
-            raise TooLarge("the answer has more than %d bytes" % limit)
-        left = size
-        while left:
-            data = channel.read_some(min(left, 65536), deadline)
-            if not data:
-                raise ConnectionError("the answer was cut short")
-            left -= len(data)
-            yield data
-        if channel.read_exactly(2, deadline) != b"\r\n":
-            raise BadRequest("the answer's chunks are malformed")
-        if size == 0:
-            return
 
 
 # ======================================================================================================
@@ -2500,6 +2499,34 @@ class ServerPolicy(NamedTuple):
 
     admit: Callable  # (address) to bool: may it connect?
     note: Callable  # (address, failure, reason): nothing came of it; `silent`, or `tls` for a bad handshake
+
+
+def render_refusal(error: CtrlExecError) -> dict:
+    """The body of a refusal."""
+    body = {"ok": False, "error": error.message, "status": error.code}
+    if isinstance(error, BadRequest) and error.field:
+        body["field"] = error.field
+    return body
+
+
+def _linger(sock: Any) -> None:
+    """Close our half and read on for a moment: closing with unread bytes would send a reset, and a reset
+    can overtake the answer (RFC 9112 section 9.6)."""
+    deadline = Deadline(LINGER_SECONDS)
+    try:
+        if isinstance(sock, ssl.SSLSocket):
+            sock.settimeout(0)
+            try:
+                sock.unwrap()  # sends close_notify; the peer's is not waited for
+            except (OSError, ValueError):
+                pass
+        sock.shutdown(socket.SHUT_WR)  # from here on a TLS socket reads plain bytes, which nobody looks at
+        while not deadline.is_over():
+            sock.settimeout(max(0.01, deadline.left()))
+            if not sock.recv(65536):
+                break
+    except (OSError, ValueError):
+        pass
 
 
 class Server:
@@ -2675,34 +2702,6 @@ class Server:
             connection.waiting = True
             _linger(channel.socket)
         return keep
-
-
-def render_refusal(error: CtrlExecError) -> dict:
-    """The body of a refusal."""
-    body = {"ok": False, "error": error.message, "status": error.code}
-    if isinstance(error, BadRequest) and error.field:
-        body["field"] = error.field
-    return body
-
-
-def _linger(sock: Any) -> None:
-    """Close our half and read on for a moment: closing with unread bytes would send a reset, and a reset
-    can overtake the answer (RFC 9112 section 9.6)."""
-    deadline = Deadline(LINGER_SECONDS)
-    try:
-        if isinstance(sock, ssl.SSLSocket):
-            sock.settimeout(0)
-            try:
-                sock.unwrap()  # sends close_notify; the peer's is not waited for
-            except (OSError, ValueError):
-                pass
-        sock.shutdown(socket.SHUT_WR)  # from here on a TLS socket reads plain bytes, which nobody looks at
-        while not deadline.is_over():
-            sock.settimeout(max(0.01, deadline.left()))
-            if not sock.recv(65536):
-                break
-    except (OSError, ValueError):
-        pass
 
 
 # ======================================================================================================
@@ -2911,6 +2910,29 @@ class HookContext(NamedTuple):
     submitter_ip: str = ""
 
 
+def _hook_environment(context: HookContext, timestamp: str) -> dict:
+    values = context._asdict()
+    values["timestamp"] = timestamp
+    values["hosts"] = " ".join(context.hosts)
+    values["args"] = " ".join(context.args)
+    values["args_json"] = json.dumps(context.args)
+    environment = {"ENVEXEC_" + name.upper(): value for name, value in values.items()}
+    environment["PATH"] = SAFE_PATH
+    return environment
+
+
+_HOOK_ANSWERS = {1: "denied", 2: "bad credentials", 3: "insufficient privilege"}
+
+
+def _check_hook(path: str) -> None:
+    """Raise ValueError for a hook that somebody else could have written."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("not a regular file")
+    if status.st_mode & 0o002 or status.st_uid not in (0, os.geteuid()):
+        raise ValueError("others than root can change it (mode %04o)" % stat.S_IMODE(status.st_mode))
+
+
 class Hook(NamedTuple):
     """An auth hook and how long it may think."""
 
@@ -2956,18 +2978,6 @@ class Hook(NamedTuple):
         raise Denied("not authorised: %s" % reason, code)
 
 
-_HOOK_ANSWERS = {1: "denied", 2: "bad credentials", 3: "insufficient privilege"}
-
-
-def _check_hook(path: str) -> None:
-    """Raise ValueError for a hook that somebody else could have written."""
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError("not a regular file")
-    if status.st_mode & 0o002 or status.st_uid not in (0, os.geteuid()):
-        raise ValueError("others than root can change it (mode %04o)" % stat.S_IMODE(status.st_mode))
-
-
 def check_hook(hook: Hook) -> None:
     """Raise Denied when a hook could not be asked."""
     try:
@@ -2978,22 +2988,18 @@ def check_hook(hook: Hook) -> None:
         raise Denied("cannot be run: %s" % (getattr(error, "strerror", None) or error)) from error
 
 
-def _hook_environment(context: HookContext, timestamp: str) -> dict:
-    values = context._asdict()
-    values["timestamp"] = timestamp
-    values["hosts"] = " ".join(context.hosts)
-    values["args"] = " ".join(context.args)
-    values["args_json"] = json.dumps(context.args)
-    environment = {"ENVEXEC_" + name.upper(): value for name, value in values.items()}
-    environment["PATH"] = SAFE_PATH
-    return environment
-
-
 def find_hook(path: str, default: str, timeout: int, deny_generic: bool = False) -> Optional[Hook]:
     """The hook a configuration names, which must then exist; or the one at the default place, if it does."""
     if path:
         return Hook(path, timeout, deny_generic)
     return Hook(default, timeout, deny_generic) if os.path.lexists(default) else None
+
+
+def _rate_key(address: str) -> str:
+    """The address, or the /64 of an IPv6 one: a single host has all of that to itself."""
+    if ":" not in address:
+        return address
+    return socket.inet_pton(socket.AF_INET6, address.partition("%")[0])[:8].hex()
 
 
 class AddressGate:
@@ -3067,13 +3073,6 @@ class AddressGate:
         return any(parsed in network for network in self._allowed)
 
 
-def _rate_key(address: str) -> str:
-    """The address, or the /64 of an IPv6 one: a single host has all of that to itself."""
-    if ":" not in address:
-        return address
-    return socket.inet_pton(socket.AF_INET6, address.partition("%")[0])[:8].hex()
-
-
 # ======================================================================================================
 # 11. SCRIPTS
 # Owns:  what may run, and as what: the allowlist, sidecars, the modes of files, security profiles.
@@ -3119,31 +3118,25 @@ def build_profiles(profiles: dict) -> dict:
 _SCRIPT_OPTIONS = {"profile": str, "timeout": parse_count, "max_running": parse_positive}
 
 
-def load_allowlist(path: str, profiles: dict) -> tuple:
-    """Read scripts.conf: (scripts by name, warnings). Raises ConfigError naming the line.
-
-    A missing file is an empty allowlist: then nothing runs.
-    """
+def load_sidecar(path: str) -> tuple:
+    """A script's sidecar and its version, or (None, ""). Raises ValueError when it cannot be used."""
     try:
-        text = read_text(path)
+        data = read_file(path + ".schema.json", MAX_SIDECAR)
     except FileNotFoundError:
-        return {}, ("%s: no such file: no script can run" % path,)
+        return None, ""
     except StorageError as error:
-        raise ConfigError(error.message, error.hint) from error
-    scripts: dict = {}
-    warnings: list = []
-    for line in parse_lines(text, path):
-        where = "%s:%d" % (path, line.number)
-        if line.section:
-            raise ConfigError("%s: sections have no place here" % where)
-        if not SCRIPT_NAME.fullmatch(line.key):
-            raise ConfigError(
-                "%s: a script name is letters, digits, _ and -, not `%s`" % (where, one_line(line.key))
-            )
-        if line.key in scripts:
-            raise ConfigError("%s: `%s` is there twice" % (where, line.key))
-        scripts[line.key] = _parse_script(line, where, profiles, warnings)
-    return scripts, tuple(warnings)
+        raise ValueError(error.message) from error
+    try:
+        schema = parse_json(data)
+    except BadRequest as error:
+        raise ValueError(error.message) from error
+    version = schema.get("version")
+    if isinstance(version, str) and SCHEMA_VERSION.fullmatch(version) and not version.startswith("sha256:"):
+        return schema, version
+    import hashlib
+
+    canonical = json.dumps(schema, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return schema, "sha256:" + hashlib.sha256(canonical.encode("ascii")).hexdigest()[:12]
 
 
 def _parse_script(line: ConfigLine, where: str, profiles: dict, warnings: list) -> Script:
@@ -3177,25 +3170,31 @@ def _parse_script(line: ConfigLine, where: str, profiles: dict, warnings: list) 
     return Script(line.key, path, profiles[name], limits[0], limits[1], schema, version)
 
 
-def load_sidecar(path: str) -> tuple:
-    """A script's sidecar and its version, or (None, ""). Raises ValueError when it cannot be used."""
-    try:
-        data = read_file(path + ".schema.json", MAX_SIDECAR)
-    except FileNotFoundError:
-        return None, ""
-    except StorageError as error:
-        raise ValueError(error.message) from error
-    try:
-        schema = parse_json(data)
-    except BadRequest as error:
-        raise ValueError(error.message) from error
-    version = schema.get("version")
-    if isinstance(version, str) and SCHEMA_VERSION.fullmatch(version) and not version.startswith("sha256:"):
-        return schema, version
-    import hashlib
+def load_allowlist(path: str, profiles: dict) -> tuple:
+    """Read scripts.conf: (scripts by name, warnings). Raises ConfigError naming the line.
 
-    canonical = json.dumps(schema, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return schema, "sha256:" + hashlib.sha256(canonical.encode("ascii")).hexdigest()[:12]
+    A missing file is an empty allowlist: then nothing runs.
+    """
+    try:
+        text = read_text(path)
+    except FileNotFoundError:
+        return {}, ("%s: no such file: no script can run" % path,)
+    except StorageError as error:
+        raise ConfigError(error.message, error.hint) from error
+    scripts: dict = {}
+    warnings: list = []
+    for line in parse_lines(text, path):
+        where = "%s:%d" % (path, line.number)
+        if line.section:
+            raise ConfigError("%s: sections have no place here" % where)
+        if not SCRIPT_NAME.fullmatch(line.key):
+            raise ConfigError(
+                "%s: a script name is letters, digits, _ and -, not `%s`" % (where, one_line(line.key))
+            )
+        if line.key in scripts:
+            raise ConfigError("%s: `%s` is there twice" % (where, line.key))
+        scripts[line.key] = _parse_script(line, where, profiles, warnings)
+    return scripts, tuple(warnings)
 
 
 # --- is this the file that was meant? -------------------------------------------------------------------
@@ -3228,6 +3227,10 @@ def check_modes(path: str) -> None:
         part = os.path.dirname(part)
 
 
+def _is_below(path: str, directory: str) -> bool:
+    return os.path.commonpath([path, directory]) == directory
+
+
 def check_script(script: Script, script_dirs: tuple, strict_modes: bool) -> str:
     """The real path of a script that may run now. Raises ScriptRefused saying what stands against it."""
     try:
@@ -3245,10 +3248,6 @@ def check_script(script: Script, script_dirs: tuple, strict_modes: bool) -> str:
     except OSError as error:
         raise ScriptRefused("%s: %s" % (script.path, error.strerror)) from error
     return real
-
-
-def _is_below(path: str, directory: str) -> bool:
-    return os.path.commonpath([path, directory]) == directory
 
 
 class Account(NamedTuple):
@@ -3500,6 +3499,14 @@ def _script_environment(request: JobRequest, account: Account) -> dict:
     }
 
 
+def _set_no_new_privileges() -> None:
+    import ctypes
+
+    pr_set_no_new_privs = 38  # prctl(2); Python has no call of its own for it
+    if ctypes.CDLL(None, use_errno=True).prctl(pr_set_no_new_privs, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "no_new_privileges")
+
+
 def _apply_profile(plan: _Plan) -> None:
     """In the child, before exec: limits first, then the user, then what must survive the change of user."""
     import resource
@@ -3521,14 +3528,6 @@ def _apply_profile(plan: _Plan) -> None:
         os.setresuid(account.uid, account.uid, account.uid)
     if profile.no_new_privileges:
         _set_no_new_privileges()
-
-
-def _set_no_new_privileges() -> None:
-    import ctypes
-
-    pr_set_no_new_privs = 38  # prctl(2); Python has no call of its own for it
-    if ctypes.CDLL(None, use_errno=True).prctl(pr_set_no_new_privs, 1, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "no_new_privileges")
 
 
 def _reset_signals() -> None:
@@ -3789,34 +3788,20 @@ def _permit(rules: JobRules, request: JobRequest) -> tuple:
     return script, check_profile(script.profile), check_script(script, rules.script_dirs, rules.strict_modes)
 
 
-def run_job(rules: JobRules, request: JobRequest) -> tuple:
-    """Run a script to its end and record it: (record, whether it is this request that ran it).
+def _render_context(request: JobRequest, record: RunRecord) -> bytes:
+    """What a script reads on stdin."""
+    context = {
+        key: getattr(request, key) for key in ("script", "args", "reqid", "peer_ip", "username", "token")
+    }
+    return encode_json(dict(context, dispatcher=request.owner, timestamp=record.started))
 
-    A request id runs once: the second request with it gets the first one's record. Raises ScriptRefused,
-    Busy, Unavailable, StorageError.
-    """
-    earlier = find_record(rules, request.owner, request.reqid)
-    if earlier is not None:
-        return earlier, False
-    script, account, path = _permit(rules, request)
-    lock = _take_slot(rules, script, request.reqid)
+
+def _update_record(rules: JobRules, record: RunRecord) -> None:
+    """Write what is known now. The disk may have filled up: the caller still learns how the run ended."""
     try:
-        make_directory(os.path.join(rules.runs_dir, request.owner), 0o750, rules.file_owner)
-        record = RunRecord(
-            request.reqid, request.owner, script.name, rules.host, request.username, request.peer_ip,
-            "running", iso_time(now()), 0,
-        )  # fmt: skip
-        try:
-            write_record(rules, record, new=True)
-        except FileExistsError:
-            return find_record(rules, request.owner, request.reqid), False
-        environment = _script_environment(request, account)
-        record = _run_recorded(
-            rules, request, record, _Plan(path, request.args, environment, account, script.profile)
-        )
-        return record, True
-    finally:
-        lock.release()
+        write_record(rules, record, new=False)
+    except StorageError as error:
+        LOG.event("run-store-fail", REQID=record.reqid, MESSAGE=error.message)
 
 
 def _run_recorded(rules: JobRules, request: JobRequest, record: RunRecord, plan: _Plan) -> RunRecord:
@@ -3850,20 +3835,34 @@ def _run_recorded(rules: JobRules, request: JobRequest, record: RunRecord, plan:
     return record
 
 
-def _update_record(rules: JobRules, record: RunRecord) -> None:
-    """Write what is known now. The disk may have filled up: the caller still learns how the run ended."""
+def run_job(rules: JobRules, request: JobRequest) -> tuple:
+    """Run a script to its end and record it: (record, whether it is this request that ran it).
+
+    A request id runs once: the second request with it gets the first one's record. Raises ScriptRefused,
+    Busy, Unavailable, StorageError.
+    """
+    earlier = find_record(rules, request.owner, request.reqid)
+    if earlier is not None:
+        return earlier, False
+    script, account, path = _permit(rules, request)
+    lock = _take_slot(rules, script, request.reqid)
     try:
-        write_record(rules, record, new=False)
-    except StorageError as error:
-        LOG.event("run-store-fail", REQID=record.reqid, MESSAGE=error.message)
-
-
-def _render_context(request: JobRequest, record: RunRecord) -> bytes:
-    """What a script reads on stdin."""
-    context = {
-        key: getattr(request, key) for key in ("script", "args", "reqid", "peer_ip", "username", "token")
-    }
-    return encode_json(dict(context, dispatcher=request.owner, timestamp=record.started))
+        make_directory(os.path.join(rules.runs_dir, request.owner), 0o750, rules.file_owner)
+        record = RunRecord(
+            request.reqid, request.owner, script.name, rules.host, request.username, request.peer_ip,
+            "running", iso_time(now()), 0,
+        )  # fmt: skip
+        try:
+            write_record(rules, record, new=True)
+        except FileExistsError:
+            return find_record(rules, request.owner, request.reqid), False
+        environment = _script_environment(request, account)
+        record = _run_recorded(
+            rules, request, record, _Plan(path, request.args, environment, account, script.profile)
+        )
+        return record, True
+    finally:
+        lock.release()
 
 
 def inspect_scripts(rules: JobRules) -> list:
@@ -3896,6 +3895,19 @@ def send_job(channel: socket.socket, request: JobRequest) -> None:
     channel.sendall(len(data).to_bytes(4, "big") + data)
 
 
+_JOB_FIELDS = (
+    Field("operation", str, True, 16),
+    Field("reqid", str),
+    Field("owner", str),
+    Field("peer_ip", str),
+    Field("script", str),
+    Field("args", list),
+    Field("username", str),
+    Field("token", str),
+    Field("timeout", int, most=10**9),
+)
+
+
 def _receive_job(channel: socket.socket) -> JobRequest:
     """The front's request, checked again: the front is the process that strangers talk to."""
     reader, deadline = Channel(channel), Deadline(BODY_SECONDS)
@@ -3910,19 +3922,6 @@ def _receive_job(channel: socket.socket) -> JobRequest:
     return JobRequest(**dict(values, args=tuple(values["args"])))
 
 
-_JOB_FIELDS = (
-    Field("operation", str, True, 16),
-    Field("reqid", str),
-    Field("owner", str),
-    Field("peer_ip", str),
-    Field("script", str),
-    Field("args", list),
-    Field("username", str),
-    Field("token", str),
-    Field("timeout", int, most=10**9),
-)
-
-
 def _send_pieces(channel: socket.socket, pieces: Iterable) -> None:
     """Send in large pieces, so that a short answer arrives at once; a front that has gone is no matter."""
     buffer = bytearray()
@@ -3935,6 +3934,16 @@ def _send_pieces(channel: socket.socket, pieces: Iterable) -> None:
         channel.sendall(buffer)
     except OSError:
         pass
+
+
+def _log_run(record: RunRecord) -> None:
+    who = {"DISPATCHER": record.owner, "PEER": record.peer_ip, "USERNAME": record.username}
+    LOG.event("run", REQID=record.reqid, SCRIPT=record.script, EXIT=record.exit, **who)
+
+
+def _chain(head: bytes, pieces: Iterable) -> Iterator[bytes]:
+    yield head
+    yield from pieces
 
 
 def _serve_job(channel: socket.socket, rules: JobRules) -> None:
@@ -3969,16 +3978,6 @@ def _serve_job(channel: socket.socket, rules: JobRules) -> None:
     _send_pieces(channel, pieces)
     channel.close()
     sweep_records(rules)
-
-
-def _log_run(record: RunRecord) -> None:
-    who = {"DISPATCHER": record.owner, "PEER": record.peer_ip, "USERNAME": record.username}
-    LOG.event("run", REQID=record.reqid, SCRIPT=record.script, EXIT=record.exit, **who)
-
-
-def _chain(head: bytes, pieces: Iterable) -> Iterator[bytes]:
-    yield head
-    yield from pieces
 
 
 # --- the executor ---------------------------------------------------------------------------------------
@@ -4231,6 +4230,14 @@ def scripts_conf_path(config: Config) -> str:
     return os.path.join(os.path.dirname(config.path), "scripts.conf")
 
 
+def _check_own_file(path: str) -> None:
+    """What decides what root runs must not be writable by others."""
+    try:
+        check_modes(os.path.realpath(path))
+    except ScriptRefused as error:
+        raise ConfigError("%s cannot be trusted: %s" % (path, error.message), error.hint) from error
+
+
 def build_rules(config: Config, host: str, owners: frozenset) -> tuple:
     """What may run, from the configuration and the allowlist: (JobRules, warnings). Raises ConfigError."""
     if config.strict_modes:
@@ -4254,14 +4261,6 @@ def build_rules(config: Config, host: str, owners: frozenset) -> tuple:
         file_owner=None if owner is None else Owner(-1, owner.gid),
     )
     return rules, warnings
-
-
-def _check_own_file(path: str) -> None:
-    """What decides what root runs must not be writable by others."""
-    try:
-        check_modes(os.path.realpath(path))
-    except ScriptRefused as error:
-        raise ConfigError("%s cannot be trusted: %s" % (path, error.message), error.hint) from error
 
 
 def load_bundle(config_path: str, root: str, previous: Optional[Bundle]) -> Bundle:
@@ -4316,6 +4315,20 @@ _RUN_FIELDS = (
     Field("timeout", int, most=10**9),
 )
 _PING_FIELDS = (Field("reqid", str, most=64),)
+
+
+def _relay(channel: socket.socket, reader: Channel) -> Iterator[bytes]:
+    """What a supervisor sends, in pieces of 64 KiB, so that a short answer is one piece."""
+    with channel:
+        buffer = b""
+        while True:
+            data = reader.read_some(65536, Deadline(WRITE_SECONDS))
+            buffer += data
+            if len(buffer) >= 65536 or (not data and buffer):
+                yield buffer
+                buffer = b""
+            if not data:
+                return
 
 
 class Front:
@@ -4480,20 +4493,6 @@ class Front:
         return event, _relay(ours, reader)
 
 
-def _relay(channel: socket.socket, reader: Channel) -> Iterator[bytes]:
-    """What a supervisor sends, in pieces of 64 KiB, so that a short answer is one piece."""
-    with channel:
-        buffer = b""
-        while True:
-            data = reader.read_some(65536, Deadline(WRITE_SECONDS))
-            buffer += data
-            if len(buffer) >= 65536 or (not data and buffer):
-                yield buffer
-                buffer = b""
-            if not data:
-                return
-
-
 def serve_agent(config_path: str, root: str) -> int:
     """The agent: until SIGTERM. Raises ConfigError for whatever keeps it from starting."""
     config = load_config("agent", config_path, root)
@@ -4542,6 +4541,13 @@ def find_agent_pid(config: Config) -> int:
 # --- checks ---------------------------------------------------------------------------------------------
 
 
+def _check_runnable(script: Script, rules: JobRules) -> None:
+    path = check_script(script, rules.script_dirs, rules.strict_modes)
+    check_profile(script.profile)
+    if not os.access(path, os.X_OK):
+        raise ScriptRefused("%s is not executable" % path, "chmod +x " + path)
+
+
 def check_agent(config: Config) -> list:
     """Everything the agent depends on, one Finding each."""
     findings = [Finding("WARN", warning) for warning in config.warnings]
@@ -4575,13 +4581,6 @@ def check_agent(config: Config) -> list:
     if hook is not None:
         try_check(findings, "auth hook %s" % hook.path, lambda: check_hook(hook))
     return findings
-
-
-def _check_runnable(script: Script, rules: JobRules) -> None:
-    path = check_script(script, rules.script_dirs, rules.strict_modes)
-    check_profile(script.profile)
-    if not os.access(path, os.X_OK):
-        raise ScriptRefused("%s is not executable" % path, "chmod +x " + path)
 
 
 def ping_self(config: Config) -> CertInfo:
@@ -4825,6 +4824,10 @@ def _match_word(directory: str, word: str, names: list) -> Iterator[Agent]:
                 raise UsageError("%s: the port must be %s" % (one_line(word), error)) from None
 
 
+def _has_tags(agent: Agent, tags: dict) -> bool:
+    return all(str(agent.tags.get(key)) == value for key, value in tags.items())
+
+
 def select_agents(directory: str, selection: Selection) -> list:
     """The agents a selection means, each once, in the order named. Raises UnknownHost, UsageError."""
     chosen: dict = {}
@@ -4846,10 +4849,6 @@ def select_agents(directory: str, selection: Selection) -> list:
     if selection.port:
         agents = [agent._replace(port=selection.port) for agent in agents]
     return agents
-
-
-def _has_tags(agent: Agent, tags: dict) -> bool:
-    return all(str(agent.tags.get(key)) == value for key, value in tags.items())
 
 
 def build_target(agent: Agent) -> Target:
@@ -5033,6 +5032,31 @@ class _Offered(NamedTuple):
     deadline: Deadline
 
 
+def _is_opened(commit: str, reveal: str, offer: PairingOffer) -> bool:
+    """Whether a revealed nonce opens the commitment to an offer."""
+    if not re.fullmatch(r"[0-9a-f]{%d}" % (2 * NONCE_BYTES), reveal):
+        return False
+    return is_same_secret(pairing_commitment(reveal, offer), commit)
+
+
+def _check_offer(fields: dict, commit: str) -> None:
+    if not HOST_NAME.fullmatch(fields["hostname"]):
+        raise BadRequest("field `hostname` is not a host name", "hostname")
+    if not re.fullmatch(r"[0-9a-f]{%d}" % (2 * NONCE_BYTES), fields["nonce"]):
+        raise BadRequest("field `nonce` must be %d bytes as hex" % NONCE_BYTES, "nonce")
+    if commit and not re.fullmatch(r"[0-9a-f]{64}", commit):
+        raise BadRequest("field `commit` must be a SHA-256 as hex", "commit")
+    if fields["lookup_by"] not in ("", "ip", "hostname"):
+        raise BadRequest("field `lookup_by` must be ip or hostname", "lookup_by")
+    if not re.fullmatch(r"[A-Za-z0-9.+-]*", fields["version"]):
+        raise BadRequest("field `version` is malformed", "version")
+    if fields["ip"]:
+        try:
+            parse_addresses(fields["ip"])
+        except ValueError:
+            raise BadRequest("field `ip` is not an IP address", "ip") from None
+
+
 class PairingFront:
     """Talks to agents. It has no privileges and no files: what it learns goes to the desk."""
 
@@ -5157,31 +5181,6 @@ class PairingFront:
             if ours.fileno() not in [descriptor for descriptor, _ in poller.poll()]:
                 raise ConnectionError("the agent went away")
             return json.loads(Channel(ours).read_until(b"\n", MAX_PAIRING_BODY, Deadline(WRITE_SECONDS)))
-
-
-def _check_offer(fields: dict, commit: str) -> None:
-    if not HOST_NAME.fullmatch(fields["hostname"]):
-        raise BadRequest("field `hostname` is not a host name", "hostname")
-    if not re.fullmatch(r"[0-9a-f]{%d}" % (2 * NONCE_BYTES), fields["nonce"]):
-        raise BadRequest("field `nonce` must be %d bytes as hex" % NONCE_BYTES, "nonce")
-    if commit and not re.fullmatch(r"[0-9a-f]{64}", commit):
-        raise BadRequest("field `commit` must be a SHA-256 as hex", "commit")
-    if fields["lookup_by"] not in ("", "ip", "hostname"):
-        raise BadRequest("field `lookup_by` must be ip or hostname", "lookup_by")
-    if not re.fullmatch(r"[A-Za-z0-9.+-]*", fields["version"]):
-        raise BadRequest("field `version` is malformed", "version")
-    if fields["ip"]:
-        try:
-            parse_addresses(fields["ip"])
-        except ValueError:
-            raise BadRequest("field `ip` is not an IP address", "ip") from None
-
-
-def _is_opened(commit: str, reveal: str, offer: PairingOffer) -> bool:
-    """Whether a revealed nonce opens the commitment to an offer."""
-    if not re.fullmatch(r"[0-9a-f]{%d}" % (2 * NONCE_BYTES), reveal):
-        return False
-    return is_same_secret(pairing_commitment(reveal, offer), commit)
 
 
 def run_pairing_front(
@@ -5352,6 +5351,15 @@ def dispatcher_identity(config: Config) -> Identity:
     return Identity(config.cert, config.key, config.ca)
 
 
+def build_terms(config: Config, openssl: OpenSSL, desk: str, allow_legacy: bool = False) -> PairingTerms:
+    """Who this dispatcher is, for the front and for computing codes. Raises TrustError."""
+    serial = openssl.read_certificate(config.cert).serial
+    ca = read_certificate_file(config.ca).decode("ascii", "replace")
+    return PairingTerms(
+        ca, config.dispatcher_id, serial, allow_legacy, config.pairing_timeout, config.pairing_max_queue, desk
+    )
+
+
 def approve_pairing(
     config: Config, openssl: OpenSSL, request: PairingRequest, approval: Approval, secret: str = ""
 ) -> Agent:
@@ -5406,16 +5414,11 @@ def deny_pairing(config: Config, request: PairingRequest, reason: str) -> None:
     LOG.event("pair-deny", REQID=request.reqid, NAME=request.hostname, REASON=reason)
 
 
-def build_terms(config: Config, openssl: OpenSSL, desk: str, allow_legacy: bool = False) -> PairingTerms:
-    """Who this dispatcher is, for the front and for computing codes. Raises TrustError."""
-    serial = openssl.read_certificate(config.cert).serial
-    ca = read_certificate_file(config.ca).decode("ascii", "replace")
-    return PairingTerms(
-        ca, config.dispatcher_id, serial, allow_legacy, config.pairing_timeout, config.pairing_max_queue, desk
-    )
-
-
 # --- the desk: what pairing-mode does with privileges ---------------------------------------------------
+
+
+def token_directory(config: Config) -> str:
+    return config.default_path(VAR + "/pairing-tokens")
 
 
 class PairingDesk:
@@ -5553,10 +5556,6 @@ class PairingDesk:
             pass
 
 
-def token_directory(config: Config) -> str:
-    return config.default_path(VAR + "/pairing-tokens")
-
-
 def open_desk(config: Config, allow_legacy: bool) -> tuple:
     """Start pairing mode: (desk, terms, port). Raises TrustError, ConfigError, StorageError."""
     openssl = OpenSSL()
@@ -5593,6 +5592,15 @@ class PairingWish(NamedTuple):
     allow_legacy: bool
     ca_fingerprint: str  # what the CA must be; empty: not known
     replace_ca: bool
+
+
+def _check_writable(path: str) -> None:
+    """Raise StorageError now, rather than when the certificate has been issued."""
+    directory = os.path.dirname(path)
+    make_directory(directory, 0o755)
+    probe = os.path.join(directory, ".tmp-" + new_id())
+    write_atomic(probe, b"", mode=0o600)
+    os.unlink(probe)
 
 
 class PairingSession:
@@ -5753,15 +5761,6 @@ class PairingSession:
     def keep_only(self, others: list) -> None:
         """Close every descriptor but the connection's, the standard ones, and `others`."""
         close_descriptors([self._connection.descriptor(), *others])
-
-
-def _check_writable(path: str) -> None:
-    """Raise StorageError now, rather than when the certificate has been issued."""
-    directory = os.path.dirname(path)
-    make_directory(directory, 0o755)
-    probe = os.path.join(directory, ".tmp-" + new_id())
-    write_atomic(probe, b"", mode=0o600)
-    os.unlink(probe)
 
 
 class PairingState(NamedTuple):
@@ -6101,6 +6100,32 @@ def edit_agent(config: Config, name: str, edit: AgentEdit) -> Agent:
 # --- checks of the control host -------------------------------------------------------------------------
 
 
+def count_days_left(expiry: str) -> Optional[int]:
+    """Whole days until an ISO 8601 time, or None when it cannot be read."""
+    import calendar
+
+    try:
+        return int((calendar.timegm(time.strptime(expiry, "%Y-%m-%dT%H:%M:%SZ")) - now()) // 86400)
+    except ValueError:
+        return None
+
+
+def _check_registered(agent: Agent, revoked: frozenset) -> Iterator[Finding]:
+    days = count_days_left(agent.expiry)
+    if agent.serial in revoked:
+        yield Finding(
+            "FAIL",
+            "%s: its certificate is revoked" % agent.name,
+            "ced unpair %s, and pair it again" % agent.name,
+        )
+    if days is not None and days < 0:
+        yield Finding(
+            "FAIL", "%s: its certificate has expired" % agent.name, "pair it again: approve --replace"
+        )
+    elif days is not None and days < 30:
+        yield Finding("WARN", "%s: its certificate expires in %d days" % (agent.name, days))
+
+
 def check_dispatcher(config: Config) -> list:
     """Everything the dispatcher depends on, one Finding each."""
     findings = [Finding("WARN", warning) for warning in config.warnings]
@@ -6135,32 +6160,6 @@ def check_dispatcher(config: Config) -> list:
     return findings
 
 
-def days_left(expiry: str) -> Optional[int]:
-    """Whole days until an ISO 8601 time, or None when it cannot be read."""
-    import calendar
-
-    try:
-        return int((calendar.timegm(time.strptime(expiry, "%Y-%m-%dT%H:%M:%SZ")) - now()) // 86400)
-    except ValueError:
-        return None
-
-
-def _check_registered(agent: Agent, revoked: frozenset) -> Iterator[Finding]:
-    days = days_left(agent.expiry)
-    if agent.serial in revoked:
-        yield Finding(
-            "FAIL",
-            "%s: its certificate is revoked" % agent.name,
-            "ced unpair %s, and pair it again" % agent.name,
-        )
-    if days is not None and days < 0:
-        yield Finding(
-            "FAIL", "%s: its certificate has expired" % agent.name, "pair it again: approve --replace"
-        )
-    elif days is not None and days < 30:
-        yield Finding("WARN", "%s: its certificate expires in %d days" % (agent.name, days))
-
-
 # ======================================================================================================
 # 18. CLI
 # Owns:  verbs and their options as a table; text, tables and JSON; the prompt of pairing mode; the demo.
@@ -6169,14 +6168,14 @@ def _check_registered(agent: Agent, revoked: frozenset) -> Iterator[Finding]:
 # ======================================================================================================
 
 
-def say(text: str) -> None:
-    """One line to standard output, as UTF-8 whatever the locale says."""
-    _write_out((text + "\n").encode("utf-8", "backslashreplace"))
-
-
 def _write_out(data: bytes) -> None:
     sys.stdout.buffer.write(data)
     sys.stdout.flush()
+
+
+def say(text: str) -> None:
+    """One line to standard output, as UTF-8 whatever the locale says."""
+    _write_out((text + "\n").encode("utf-8", "backslashreplace"))
 
 
 def _warn(text: str) -> None:
@@ -6213,7 +6212,7 @@ def _render_table(headings: tuple, rows: list, colours: Optional[dict] = None) -
 
 def _render_days(expiry: str) -> tuple:
     """Days left as text, and the colour it deserves."""
-    days = days_left(expiry)
+    days = count_days_left(expiry)
     if days is None:
         return "-", ""
     return ("expired" if days < 0 else "%dd" % days), ("red" if days < 14 else "yellow" if days < 30 else "")
@@ -6273,6 +6272,17 @@ def cmd_setup_ctrl_exec(args: Any, config: Config) -> int:
     return 0
 
 
+def _parse_tags(texts: Optional[list]) -> dict:
+    tags = {}
+    for text in texts or []:
+        for part in text.split(","):
+            key, equals, value = part.partition("=")
+            if not equals or not TAG_NAME.fullmatch(key):
+                raise UsageError("`%s` is not a tag: expected KEY=VALUE" % one_line(part))
+            tags[key] = value
+    return tags
+
+
 def cmd_list_agents(args: Any, config: Config) -> int:
     agents, problems = load_agents(config.registry_dir)
     tags = _parse_tags(args.tags)
@@ -6285,7 +6295,7 @@ def cmd_list_agents(args: Any, config: Config) -> int:
         shown = []
         for agent in agents:
             entry = {key: value for key, value in agent._asdict().items() if key != "extra"}
-            shown.append(dict(entry, days_left=days_left(agent.expiry)))
+            shown.append(dict(entry, days_left=count_days_left(agent.expiry)))
         _say_json({"ok": not problems, "agents": shown})
         return int(bool(problems))
     rows, colours = [], {}
@@ -6510,17 +6520,6 @@ def cmd_pairing_mode(args: Any, config: Config) -> int:
 
 
 # --- dispatcher: hosts ----------------------------------------------------------------------------------
-
-
-def _parse_tags(texts: Optional[list]) -> dict:
-    tags = {}
-    for text in texts or []:
-        for part in text.split(","):
-            key, equals, value = part.partition("=")
-            if not equals or not TAG_NAME.fullmatch(key):
-                raise UsageError("`%s` is not a tag: expected KEY=VALUE" % one_line(part))
-            tags[key] = value
-    return tags
 
 
 def _read_host_file(path: str) -> list:
@@ -6775,6 +6774,88 @@ def cmd_self_ping(args: Any, config: Config) -> int:
     return 0
 
 
+def _confirm(question: str) -> bool:
+    sys.stderr.write(question)
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _finish_pairing(
+    config: Config, session: PairingSession, state: PairingState, seconds: int, ask: bool
+) -> int:
+    """Wait, confirm, store, and keep the state file true; raises what the wait raises."""
+    write_pairing_state(config, state._replace(pid=os.getpid()))
+    try:
+        decision = session.wait(seconds)
+        if ask and not _confirm("Does the dispatcher show the code %s? [y/N] " % _spaced(session.code)):
+            raise PairingDenied("the code was not confirmed here; nothing is stored")
+        info = session.store(decision)
+    except PairingTimeout as error:
+        write_pairing_state(config, state._replace(status="timed out", reason=error.message))
+        raise
+    except CtrlExecError as error:
+        write_pairing_state(config, state._replace(status="denied", reason=error.message))
+        raise
+    except KeyboardInterrupt:
+        write_pairing_state(config, state._replace(status="timed out", reason="interrupted"))
+        raise
+    write_pairing_state(config, state._replace(status="stored"))
+    LOG.event("pair-complete", REQID=state.reqid, DISPATCHER=decision["dispatcher_id"], SERIAL=info.serial)
+    _warn("paired as %s with dispatcher %s; certificate valid until %s"
+          % (", ".join(info.names), decision["dispatcher_id"], iso_time(info.not_after)))  # fmt: skip
+    pid = find_agent_pid(config)
+    if pid:
+        os.kill(pid, signal.SIGHUP)
+        _warn("the running agent (process %d) reloads" % pid)
+    else:
+        _warn("start the agent: cea serve, or systemctl enable --now ctrl-exec-agent")
+    return 0
+
+
+def _show_code(session: PairingSession, has_token: bool) -> None:
+    if session.legacy:
+        _warn("cea: the dispatcher is of an older release: this code is a hash of our request alone,")
+        _warn("     which somebody in the middle can imitate in a second")
+    if not has_token:
+        _warn("request %s\npairing code: %s" % (session.reqid, _spaced(session.code)))
+        _warn("approve it on the dispatcher only if it shows the same code there")
+
+
+def _wait_in_background(config: Config, session: PairingSession, state: PairingState, seconds: int) -> int:
+    """Print the request id and return, leaving a process that waits and holds nothing of the caller's."""
+    write_pairing_state(config, state)
+    pid = os.fork()
+    if pid:
+        say(state.reqid)
+        return 0
+    status = EXIT_BUG
+    try:
+        os.setsid()
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for number in (0, 1, 2):
+            os.dup2(nowhere, number)
+        session.keep_only([LOG.descriptor()])
+        status = _finish_pairing(config, session, state, seconds, False)
+    except CtrlExecError as error:
+        status = error.exit_code
+    except BaseException as error:
+        log_bug(error)
+    finally:
+        os._exit(status)
+
+
+def _must_ask(args: Any, token: str) -> bool:
+    """Whether a person here confirms the code: not when a token or the pinned CA proves the dispatcher."""
+    if token or args.ca_fingerprint or args.yes:
+        return False
+    if not args.background and sys.stdin is not None and sys.stdin.isatty():
+        return True
+    _warn(
+        "cea: nobody confirms the code on this side; --ca-fingerprint or a token would prove the dispatcher"
+    )
+    return False
+
+
 def cmd_request_pairing(args: Any, config: Config) -> int:
     host, _, port = (
         args.dispatcher.partition(":") if args.dispatcher.count(":") == 1 else (args.dispatcher, "", "")
@@ -6810,88 +6891,6 @@ def cmd_request_pairing(args: Any, config: Config) -> int:
     if args.background:
         return _wait_in_background(config, session, state, args.timeout)
     return _finish_pairing(config, session, state, args.timeout, _must_ask(args, token))
-
-
-def _must_ask(args: Any, token: str) -> bool:
-    """Whether a person here confirms the code: not when a token or the pinned CA proves the dispatcher."""
-    if token or args.ca_fingerprint or args.yes:
-        return False
-    if not args.background and sys.stdin is not None and sys.stdin.isatty():
-        return True
-    _warn(
-        "cea: nobody confirms the code on this side; --ca-fingerprint or a token would prove the dispatcher"
-    )
-    return False
-
-
-def _show_code(session: PairingSession, has_token: bool) -> None:
-    if session.legacy:
-        _warn("cea: the dispatcher is of an older release: this code is a hash of our request alone,")
-        _warn("     which somebody in the middle can imitate in a second")
-    if not has_token:
-        _warn("request %s\npairing code: %s" % (session.reqid, _spaced(session.code)))
-        _warn("approve it on the dispatcher only if it shows the same code there")
-
-
-def _finish_pairing(
-    config: Config, session: PairingSession, state: PairingState, seconds: int, ask: bool
-) -> int:
-    """Wait, confirm, store, and keep the state file true; raises what the wait raises."""
-    write_pairing_state(config, state._replace(pid=os.getpid()))
-    try:
-        decision = session.wait(seconds)
-        if ask and not _confirm("Does the dispatcher show the code %s? [y/N] " % _spaced(session.code)):
-            raise PairingDenied("the code was not confirmed here; nothing is stored")
-        info = session.store(decision)
-    except PairingTimeout as error:
-        write_pairing_state(config, state._replace(status="timed out", reason=error.message))
-        raise
-    except CtrlExecError as error:
-        write_pairing_state(config, state._replace(status="denied", reason=error.message))
-        raise
-    except KeyboardInterrupt:
-        write_pairing_state(config, state._replace(status="timed out", reason="interrupted"))
-        raise
-    write_pairing_state(config, state._replace(status="stored"))
-    LOG.event("pair-complete", REQID=state.reqid, DISPATCHER=decision["dispatcher_id"], SERIAL=info.serial)
-    _warn("paired as %s with dispatcher %s; certificate valid until %s"
-          % (", ".join(info.names), decision["dispatcher_id"], iso_time(info.not_after)))  # fmt: skip
-    pid = find_agent_pid(config)
-    if pid:
-        os.kill(pid, signal.SIGHUP)
-        _warn("the running agent (process %d) reloads" % pid)
-    else:
-        _warn("start the agent: cea serve, or systemctl enable --now ctrl-exec-agent")
-    return 0
-
-
-def _confirm(question: str) -> bool:
-    sys.stderr.write(question)
-    sys.stderr.flush()
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
-
-
-def _wait_in_background(config: Config, session: PairingSession, state: PairingState, seconds: int) -> int:
-    """Print the request id and return, leaving a process that waits and holds nothing of the caller's."""
-    write_pairing_state(config, state)
-    pid = os.fork()
-    if pid:
-        say(state.reqid)
-        return 0
-    status = EXIT_BUG
-    try:
-        os.setsid()
-        nowhere = os.open(os.devnull, os.O_RDWR)
-        for number in (0, 1, 2):
-            os.dup2(nowhere, number)
-        session.keep_only([LOG.descriptor()])
-        status = _finish_pairing(config, session, state, seconds, False)
-    except CtrlExecError as error:
-        status = error.exit_code
-    except BaseException as error:
-        log_bug(error)
-    finally:
-        os._exit(status)
 
 
 def cmd_pairing_status(args: Any, config: Config) -> int:
@@ -7090,28 +7089,14 @@ def render_usage(role: str, program: str) -> str:
     return "\n".join(lines + ["", "%s VERB --help says more; --version says which this is" % program])
 
 
-def parse_command(role: str, program: str, argv: list) -> tuple:
-    """(Command, its arguments). Raises UsageError; with --help or --version the Command is None and the text
-    to print comes instead."""
-    words = list(argv)
-    leading: list = []
-    while words and words[0].startswith("-"):  # global options before the verb
-        taken = 2 if words[0] in ("--config", "--root") else 1
-        leading += words[:taken]
-        words = words[taken:]
-    if "--version" in leading:
-        return None, render_version()
-    if not words:
-        if "--help" in leading:
-            return None, render_usage(role, program)
-        raise UsageError("no verb is given", "%s --help" % program)
-    verb, *rest = words
-    known = {command.name: command for command in COMMANDS if command.role == role}
-    if verb not in known:
-        raise UsageError(
-            "unknown verb `%s`%s" % (one_line(verb[:80]), suggest(verb, known)), "%s --help" % program
-        )
-    return _parse_options(known[verb], program, leading + rest)
+def render_version() -> str:
+    """Version and the hash of this very file, so that a copy can be told from another."""
+    try:
+        digest = fingerprint(read_file(os.path.realpath(__file__), 16 * MAX_STATE_FILE))[:12]
+    except (OSError, CtrlExecError):
+        digest = "unknown"
+    python = "%d.%d.%d" % sys.version_info[:3]
+    return "ctrl-exec %s (file %s, Python %s, %s)" % (__version__, digest, python, ssl.OPENSSL_VERSION)
 
 
 def _parse_options(command: Command, program: str, words: list) -> tuple:
@@ -7137,14 +7122,39 @@ def _parse_options(command: Command, program: str, words: list) -> tuple:
     return command, args
 
 
-def render_version() -> str:
-    """Version and the hash of this very file, so that a copy can be told from another."""
-    try:
-        digest = fingerprint(read_file(os.path.realpath(__file__), 16 * MAX_STATE_FILE))[:12]
-    except (OSError, CtrlExecError):
-        digest = "unknown"
-    python = "%d.%d.%d" % sys.version_info[:3]
-    return "ctrl-exec %s (file %s, Python %s, %s)" % (__version__, digest, python, ssl.OPENSSL_VERSION)
+def parse_command(role: str, program: str, argv: list) -> tuple:
+    """(Command, its arguments). Raises UsageError; with --help or --version the Command is None and the text
+    to print comes instead."""
+    words = list(argv)
+    leading: list = []
+    while words and words[0].startswith("-"):  # global options before the verb
+        taken = 2 if words[0] in ("--config", "--root") else 1
+        leading += words[:taken]
+        words = words[taken:]
+    if "--version" in leading:
+        return None, render_version()
+    if not words:
+        if "--help" in leading:
+            return None, render_usage(role, program)
+        raise UsageError("no verb is given", "%s --help" % program)
+    verb, *rest = words
+    known = {command.name: command for command in COMMANDS if command.role == role}
+    if verb not in known:
+        raise UsageError(
+            "unknown verb `%s`%s" % (one_line(verb[:80]), suggest(verb, known)), "%s --help" % program
+        )
+    return _parse_options(known[verb], program, leading + rest)
+
+
+def _render_error(error: CtrlExecError) -> dict:
+    body = {"ok": False, "error": error.message, "status": error.code}
+    if isinstance(error, Locked):
+        body.update(error="locked", code=4, conflicts=list(error.conflicts))
+    elif isinstance(error, Denied):
+        body["code"] = error.reason_code
+    if error.hint:
+        body["detail"] = error.hint
+    return body
 
 
 def run_command(role: str, program: str, argv: list) -> int:
@@ -7168,17 +7178,6 @@ def run_command(role: str, program: str, argv: list) -> int:
         if getattr(args, "json", False):
             _say_json(_render_error(error))
         raise
-
-
-def _render_error(error: CtrlExecError) -> dict:
-    body = {"ok": False, "error": error.message, "status": error.code}
-    if isinstance(error, Locked):
-        body.update(error="locked", code=4, conflicts=list(error.conflicts))
-    elif isinstance(error, Denied):
-        body["code"] = error.reason_code
-    if error.hint:
-        body["detail"] = error.hint
-    return body
 
 
 # --- the demo -------------------------------------------------------------------------------------------
@@ -7288,6 +7287,13 @@ def _demo_files(demo: _Demo, pairing_port: int, ports: list) -> None:
         demo.put(etc + "scripts.conf", "".join(lines))
 
 
+def _read_state(demo: _Demo, host: str, reqid: str) -> str:
+    try:
+        return read_text("%s/hosts/%s%s/pairing/%s.json" % (demo.top, host, AGENT_VAR, reqid))
+    except FileNotFoundError:
+        return ""
+
+
 def _demo_pair(demo: _Demo, pairing_port: int) -> None:
     say("\nPairing: both sides show six digits, computed from everything both have said.")
     demo.start("pairing-mode")
@@ -7312,13 +7318,6 @@ def _demo_pair(demo: _Demo, pairing_port: int) -> None:
         demo.start("serve", host=host)
 
 
-def _read_state(demo: _Demo, host: str, reqid: str) -> str:
-    try:
-        return read_text("%s/hosts/%s%s/pairing/%s.json" % (demo.top, host, AGENT_VAR, reqid))
-    except FileNotFoundError:
-        return ""
-
-
 def _demo_run(demo: _Demo) -> None:
     demo.show("list-agents")
     demo.show("ping", "--all")
@@ -7330,6 +7329,16 @@ def _demo_run(demo: _Demo) -> None:
     say("\nA failure is told as one, and what the host's own allowlist does not name does not run.")
     demo.show("run", "--tags", "site=south", "fail")
     demo.show("run", "web-01", "reboot")
+
+
+def _say_how_to_go_on(demo: _Demo) -> None:
+    import shlex
+
+    say("\nIt keeps running. To go on:")
+    say("  alias ced=%s" % shlex.quote(shlex.join(demo.program("ced"))))
+    say("  ced run --all facts")
+    say("To end it:")
+    say("  kill %s; rm -r %s" % (" ".join(str(process.pid) for process in demo.running), demo.top))
 
 
 def run_demo(keep: bool) -> int:
@@ -7364,16 +7373,6 @@ def run_demo(keep: bool) -> int:
             shutil.rmtree(top, ignore_errors=True)
             say("\nStopped, and %s removed. `--keep` leaves it running." % top)
     return 0
-
-
-def _say_how_to_go_on(demo: _Demo) -> None:
-    import shlex
-
-    say("\nIt keeps running. To go on:")
-    say("  alias ced=%s" % shlex.quote(shlex.join(demo.program("ced"))))
-    say("  ced run --all facts")
-    say("To end it:")
-    say("  kill %s; rm -r %s" % (" ".join(str(process.pid) for process in demo.running), demo.top))
 
 
 # ======================================================================================================
@@ -7433,6 +7432,15 @@ def _fail(program: str, error: CtrlExecError) -> int:
     return error.exit_code
 
 
+def _report_bug(program: str, error: BaseException) -> int:
+    log_bug(error)
+    sys.stderr.write(
+        "%s: internal error (%s); the log has the details. Please report it with them.\n"
+        % (program, type(error).__name__)
+    )
+    return EXIT_BUG
+
+
 def main(argv: list) -> int:
     """Run one command line (`argv[0]` is the name we were called by); returns the exit status."""
     program = os.path.basename(argv[0])
@@ -7455,15 +7463,6 @@ def main(argv: list) -> int:
         return 74  # EX_IOERR
     except Exception as error:
         return _report_bug(program, error)
-
-
-def _report_bug(program: str, error: BaseException) -> int:
-    log_bug(error)
-    sys.stderr.write(
-        "%s: internal error (%s); the log has the details. Please report it with them.\n"
-        % (program, type(error).__name__)
-    )
-    return EXIT_BUG
 
 
 if __name__ == "__main__":

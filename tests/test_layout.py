@@ -131,8 +131,8 @@ def test_the_map_in_the_docstring_is_the_list_of_banners():
     assert sorted(int(number) for number, _, _ in rows) == list(range(1, len(rows) + 1))
 
 
-def test_nothing_runs_at_import_above_the_definition_of_what_it_names():
-    assert [(n, line) for n, line, deferred in USES if not deferred and line < NAMES[n]] == []
+def test_nothing_is_used_above_its_definition():
+    assert [(name, line) for name, line, _ in USES if line < NAMES[name]] == []
 
 
 def test_a_section_names_only_its_own_names_and_those_of_sections_above():
