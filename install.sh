@@ -410,7 +410,7 @@ install_program() {
     # A script is compiled anew at each start, which takes longer than most of what it then does; a module
     # is compiled once. So `launch` is the script, and the file with the program is a module beside it.
     cat >"$work/launch" <<END
-#!$python -I
+#!$python -IS
 # ctrl-exec, under the name this is called by; $mark
 import os
 import sys
@@ -418,7 +418,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
 import ctrl_exec
 
-sys.exit(ctrl_exec.main(sys.argv))
+ctrl_exec.leave(ctrl_exec.main(sys.argv))
 END
     put "$here/ctrl_exec.py" "$lib/ctrl_exec.py" 0755
     # By the interpreter that will run it, and with the path it will have; not again if it is good.

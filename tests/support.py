@@ -46,7 +46,7 @@ class Program:
             os.symlink(PROGRAM, self.path)
 
     def argv(self, *words):
-        return [sys.executable, "-I", self.path, "--root", self.root, *words]
+        return [sys.executable, "-IS", self.path, "--root", self.root, *words]
 
     def environment(self, extra=None):
         return {"PATH": ctrl_exec.SAFE_PATH, "LC_ALL": "C", **(extra or {})}
