@@ -4670,7 +4670,7 @@ def ping_self(config: Config) -> CertInfo:
 # 14. REGISTRY
 # Owns:  the paired agents on the control host, which of them a command means, and the locks of running
 #        host:script pairs. All of it is files: several control hosts can share the directory.
-# Uses:  HEAD, ERRORS, GROUND, SETTINGS, CLIENT
+# Uses:  HEAD, ERRORS, GROUND, SETTINGS, TRUST, CLIENT
 # On disk: agents/NAME.json, agents/.lock; locks/HOST--SCRIPT.lock
 # ======================================================================================================
 
@@ -4698,14 +4698,18 @@ class Agent(NamedTuple):
 _AGENT_FIELDS = tuple(field for field in Agent._fields if field != "extra")
 
 
-def _agent_path(directory: str, name: str) -> str:
-    """The file of an agent. Names can be longer than a file name may be: then its start and a hash, with a
-    `~`, which no name has."""
-    if len(name) > 240:
-        import hashlib
+def _file_name(name: str) -> str:
+    """A name as part of a file name, which ends at 255 bytes: a longer one becomes its start and a hash, with
+    a `~`, which no name of ours has."""
+    if len(name) <= 240:
+        return name
+    import hashlib
 
-        name = name[:200] + "~" + hashlib.sha256(name.encode("ascii")).hexdigest()[:32]
-    return os.path.join(directory, name + ".json")
+    return name[:200] + "~" + hashlib.sha256(name.encode("ascii")).hexdigest()[:32]
+
+
+def _agent_path(directory: str, name: str) -> str:
+    return os.path.join(directory, _file_name(name) + ".json")
 
 
 def _parse_agent(values: dict, path: str) -> Agent:
@@ -4718,14 +4722,18 @@ def _parse_agent(values: dict, path: str) -> Agent:
     known.setdefault("lookup_by", "ip" if known["ip"] else "hostname")
     known.setdefault("cert_name", name)
     try:
-        known["port"] = parse_port(str(known.get("port", AGENT_PORT)))
+        known["port"] = parse_count(str(known.get("port", AGENT_PORT)), 1, 65535)
+        if known.get("serial"):
+            known["serial"] = parse_serial(str(known["serial"]))
     except ValueError as error:
-        raise StorageError("%s: port must be %s" % (path, error)) from None
-    if not isinstance(known.get("tags", {}), dict):
-        raise StorageError("%s: tags must be an object" % path)
+        raise StorageError("%s: port and serial: expected %s" % (path, error)) from None
     for key in ("name", "hostname", "cert_name"):
-        if not HOST_NAME.fullmatch(str(known[key])):
+        if type(known[key]) is not str or not HOST_NAME.fullmatch(known[key]):
             raise StorageError("%s: `%s` is not a host name" % (path, key))
+    for key, value in known.items():
+        expected = {"port": int, "tags": dict, "extra": dict}.get(key, str)
+        if type(value) is not expected:
+            raise StorageError("%s: `%s` is not %s" % (path, key, "text" if expected is str else "an object"))
     return Agent(**known)
 
 
@@ -4744,7 +4752,10 @@ def list_agent_names(directory: str) -> list:
         if file.endswith(".json") and not file.startswith("."):
             name = file[: -len(".json")]
             if "~" in name:
-                name = read_json_file(os.path.join(directory, file)).get("name", name)
+                try:
+                    name = str(read_json_file(os.path.join(directory, file)).get("name", name))
+                except (StorageError, FileNotFoundError):
+                    pass  # under the name of its file, so that whoever loads it says what is wrong
             names.append(name)
     return sorted(names)
 
@@ -4802,13 +4813,25 @@ def remove_agent(directory: str, name: str) -> None:
         raise StorageError("cannot remove %s from the registry: %s" % (name, error.strerror)) from error
 
 
-def check_free_name(directory: str, name: str) -> None:
-    """Raise TrustError when a name is taken, also by one that differs in upper and lower case only."""
+def check_ip_address(text: str) -> None:
+    """Raise UsageError for what an operator gave as an address and is none; nothing given is fine."""
+    try:
+        if len(parse_addresses(text)) > 1:
+            raise ValueError("more than one")
+    except ValueError:
+        raise UsageError("%s is not an IP address" % one_line(text[:80])) from None
+
+
+def check_free_name(directory: str, name: str, renamed: str = "") -> None:
+    """Raise TrustError when a name is taken, in upper or lower case, by a host or by a certificate: a host
+    that was renamed still proves itself by the name in its certificate. `renamed` is the host that asks."""
+    hint = "to give its place to the new one: approve --replace"
     for known in list_agent_names(directory):
-        if known.lower() == name.lower():
-            raise TrustError(
-                "%s is paired already" % known, "to give its place to the new one: approve --replace"
-            )
+        if known != renamed and known.lower() == name.lower():
+            raise TrustError("%s is paired already" % known, hint)
+    for agent in load_agents(directory)[0]:
+        if agent.name != renamed and agent.cert_name.lower() == name.lower():
+            raise TrustError("the certificate of %s is for the name %s" % (agent.name, agent.cert_name))
 
 
 # --- which hosts are meant ------------------------------------------------------------------------------
@@ -4829,7 +4852,7 @@ def expand_ranges(word: str) -> list:
         if not span or int(span[2] or span[1]) < int(span[1]):
             raise UsageError("`%s` is not a range such as [01-20] or [1,3,7-9]" % one_line(hit[0]))
         first, last = int(span[1]), int(span[2] or span[1])
-        if last - first >= MAX_SELECTION:
+        if len(numbers) + last - first >= MAX_SELECTION:
             raise UsageError("`%s` names more than %d hosts" % (one_line(word), MAX_SELECTION))
         width = len(span[1]) if span[1].startswith("0") else 0
         numbers += ["%0*d" % (width, number) for number in range(first, last + 1)]
@@ -4862,7 +4885,7 @@ def _match_word(directory: str, word: str, names: list) -> Iterator[Agent]:
         for found in matching:
             agent = get_agent(directory, found)
             try:
-                yield agent._replace(port=parse_port(port)) if colon else agent
+                yield agent._replace(port=parse_count(port, 1, 65535)) if colon else agent
             except ValueError as error:
                 raise UsageError("%s: the port must be %s" % (one_line(word), error)) from None
 
@@ -4871,13 +4894,13 @@ def _has_tags(agent: Agent, tags: dict) -> bool:
     return all(str(agent.tags.get(key)) == value for key, value in tags.items())
 
 
-def select_agents(directory: str, selection: Selection) -> list:
-    """The agents a selection means, each once, in the order named. Raises UnknownHost, UsageError."""
+def select_agents(directory: str, selection: Selection) -> tuple:
+    """The agents a selection means, each once, in the order named, and a message for each registry file that
+    could not be used. Raises UnknownHost, UsageError, and StorageError when such a file's host was named."""
     chosen: dict = {}
+    problems: list = []
     if selection.everything or (selection.tags and not selection.words):
         agents, problems = load_agents(directory)
-        if problems:
-            raise StorageError(problems[0], "name the other hosts one by one, or mend the file")
         chosen = {agent.name: agent for agent in agents}
     else:
         names = (
@@ -4891,7 +4914,7 @@ def select_agents(directory: str, selection: Selection) -> list:
         raise UnknownHost("no host is selected", "see: ced list-agents")
     if selection.port:
         agents = [agent._replace(port=selection.port) for agent in agents]
-    return agents
+    return agents, problems
 
 
 def build_target(agent: Agent) -> Target:
@@ -4902,18 +4925,16 @@ def build_target(agent: Agent) -> Target:
 
 
 def _lock_path(directory: str, host: str, script: str) -> str:
-    name = "%s--%s" % (host, script)
-    if len(name) > 240:
-        import hashlib
-
-        name = name[:200] + "~" + hashlib.sha256(name.encode("ascii")).hexdigest()[:32]
-    return os.path.join(directory, name + ".lock")
+    return os.path.join(directory, _file_name("%s--%s" % (host, script)) + ".lock")
 
 
 def _acquire_again(lock: FileLock) -> bool:
-    """`list-locks` holds what it looks at for a moment: only what is held twice in a row is held."""
-    time.sleep(0.02)
-    return lock.acquire()
+    """`list-locks` holds what it looks at for a moment: only what stays held is held."""
+    for _ in range(5):
+        time.sleep(0.01)
+        if lock.acquire():
+            return True
+    return False
 
 
 class HostLocks:
@@ -4929,6 +4950,20 @@ class HostLocks:
     def __enter__(self) -> "HostLocks":
         """Raises Locked, naming every pair another request holds."""
         make_directory(self._directory, 0o770)
+        try:
+            conflicts = self._acquire_all()
+        except StorageError:
+            self.__exit__()
+            raise
+        if conflicts:
+            self.__exit__()
+            LOG.event("lock-conflict", REQID=self._reqid, CONFLICTS=",".join(conflicts))
+            raise Locked(tuple(conflicts))
+        LOG.event("lock-acquire", REQID=self._reqid, SCRIPT=self._script, HOSTS=len(self._held))
+        return self
+
+    def _acquire_all(self) -> list:
+        """Take what can be had; the pairs that others hold."""
         conflicts = []
         for host in self._hosts:
             lock = FileLock(_lock_path(self._directory, host, self._script), transient=True)
@@ -4938,12 +4973,7 @@ class HostLocks:
                 self._held.append(lock)
             else:
                 conflicts.append("%s:%s" % (host, self._script))
-        if conflicts:
-            self.__exit__()
-            LOG.event("lock-conflict", REQID=self._reqid, CONFLICTS=",".join(conflicts))
-            raise Locked(tuple(conflicts))
-        LOG.event("lock-acquire", REQID=self._reqid, SCRIPT=self._script, HOSTS=len(self._held))
-        return self
+        return conflicts
 
     def __exit__(self, *_: object) -> None:
         for lock in self._held:
@@ -5128,7 +5158,11 @@ class PairingFront:
         return 0
 
     def handle(self, peer: Peer, request: Request) -> Response:
-        route, _ = find_route(self._routes, request)
+        try:
+            route, _ = find_route(self._routes, request)
+        except CtrlExecError:
+            self._gate.count(peer.address, "volume")
+            raise
         try:
             return route.handle(peer, request)
         except (BadRequest, TrustError, Unavailable) as error:
@@ -5346,21 +5380,29 @@ def _is_desk_open(directory: str, desk: str) -> bool:
     return True
 
 
-def load_pairing_requests(config: Config) -> list:
-    """The requests that wait for a decision, oldest first; what a killed pairing-mode left is removed."""
+def load_pairing_requests(config: Config) -> tuple:
+    """The requests that wait for a decision, oldest first, and a message for each file that is spoiled.
+
+    What a killed pairing-mode left is removed.
+    """
+    waiting: list = []
+    problems: list = []
     try:
         files = os.listdir(config.pairing_dir)
     except FileNotFoundError:
-        return []
+        return waiting, problems
     except OSError as error:
         raise StorageError(
             "cannot read %s: %s" % (config.pairing_dir, error.strerror), "run this as root"
         ) from error
-    waiting = []
     for file in files:
         if not file.endswith(".json"):
             continue
-        request = find_pairing_request(config.pairing_dir, file[: -len(".json")])
+        try:
+            request = find_pairing_request(config.pairing_dir, file[: -len(".json")])
+        except StorageError as error:
+            problems.append(error.message)
+            continue
         if request is None or request.status != "pending":
             continue
         if now() - request.received > config.pairing_timeout or not _is_desk_open(
@@ -5369,12 +5411,12 @@ def load_pairing_requests(config: Config) -> list:
             os.unlink(_request_path(config.pairing_dir, request.reqid))
         else:
             waiting.append(request)
-    return sorted(waiting, key=lambda request: request.received)
+    return sorted(waiting, key=lambda request: request.received), problems
 
 
 def get_pairing_request(config: Config, reqid: str) -> PairingRequest:
     """A waiting request by its id. Raises NotFound."""
-    for request in load_pairing_requests(config):
+    for request in load_pairing_requests(config)[0]:
         if request.reqid == reqid:
             return request
     raise NotFound("no pairing request %s is waiting" % one_line(reqid[:80]), "see: ced list-requests")
@@ -5403,6 +5445,12 @@ def build_terms(config: Config, openssl: OpenSSL, desk: str, allow_legacy: bool 
     )
 
 
+def _check_undecided(config: Config, request: PairingRequest) -> None:
+    """Raise NotFound when a request was decided by somebody else, is gone, or is not what was shown."""
+    if find_pairing_request(config.pairing_dir, request.reqid) != request:
+        raise NotFound("pairing request %s is not waiting any more" % request.reqid)
+
+
 def approve_pairing(
     config: Config, openssl: OpenSSL, request: PairingRequest, approval: Approval, secret: str = ""
 ) -> Agent:
@@ -5414,11 +5462,10 @@ def approve_pairing(
     name = approval.name or request.hostname
     if not HOST_NAME.fullmatch(name):
         raise UsageError("%s is not a host name" % one_line(name))
+    check_ip_address(approval.ip)
     openssl.check_request(request.csr)
     with registry_lock(config.registry_dir):
-        still = find_pairing_request(config.pairing_dir, request.reqid)
-        if still != request:  # decided by somebody else, gone, or not what was shown
-            raise NotFound("pairing request %s is not waiting any more" % request.reqid)
+        _check_undecided(config, request)
         replaced = find_agent(config.registry_dir, name) if approval.replace else None
         if replaced is None:
             check_free_name(config.registry_dir, name)
@@ -5452,8 +5499,10 @@ def approve_pairing(
 
 
 def deny_pairing(config: Config, request: PairingRequest, reason: str) -> None:
-    """Leave a denial for the desk to send."""
-    write_pairing_request(config.pairing_dir, request._replace(status="denied", reason=reason))
+    """Leave a denial for the desk to send. Raises NotFound when it has been decided meanwhile."""
+    with registry_lock(config.registry_dir):
+        _check_undecided(config, request)
+        write_pairing_request(config.pairing_dir, request._replace(status="denied", reason=reason))
     LOG.event("pair-deny", REQID=request.reqid, NAME=request.hostname, REASON=reason)
 
 
@@ -5536,7 +5585,7 @@ class PairingDesk:
                 write_pairing_request(self._config.pairing_dir, request)
                 approve_pairing(self._config, self._openssl, request, Approval(), secret)
                 return
-            waiting = len(load_pairing_requests(self._config))
+            waiting = len(load_pairing_requests(self._config)[0])
             if waiting >= self._terms.max_queue:
                 raise PairingDenied("the queue is full (%d requests wait)" % waiting)
             write_pairing_request(self._config.pairing_dir, request)
@@ -5552,7 +5601,11 @@ class PairingDesk:
             self._remove(request.reqid)
 
     def _look_for_decision(self, reqid: str) -> None:
-        request = find_pairing_request(self._config.pairing_dir, reqid)
+        try:
+            request = find_pairing_request(self._config.pairing_dir, reqid)
+        except StorageError as error:
+            LOG.event("pair-reject", REQID=reqid, REASON=error.message)
+            request = None
         if request is None:
             self._answer(reqid, {"status": "denied", "reason": "the request was removed"})
         elif request.status == "approved":
@@ -5649,14 +5702,16 @@ def _check_writable(path: str) -> None:
 class PairingSession:
     """An agent's conversation with pairing-mode, from the offer to the stored certificate."""
 
-    def __init__(self, config: Config, wish: PairingWish, openssl: OpenSSL) -> None:
+    def __init__(self, config: Config, wish: PairingWish, openssl: OpenSSL, seconds: int) -> None:
         """Connect, send offer and commitment, and compute the code. Nothing is stored yet but our key.
 
-        Raises TransportError, PairingDenied, StorageError, ProgramError.
+        `seconds` is for the whole exchange. Raises TransportError, PairingDenied, PairingTimeout,
+        StorageError, ProgramError.
         """
         self._config = config
         self._wish = wish
         self._openssl = openssl
+        self._deadline = Deadline(seconds)
         identity = agent_identity(config)
         for path in (*identity, config.trusted_dispatchers_path):
             _check_writable(path)
@@ -5671,14 +5726,16 @@ class PairingSession:
         body = dict(self._offer._asdict(), commit=pairing_commitment(self._agent_nonce, self._offer))
         if wish.token:
             body["token_id"] = self._token_id
-        self._lines = self._connection.request_lines("/pair", body, Deadline(MAX_PAIRING_WAIT + 30))
-        self._take_pending(self._next_line())
+        self._lines = self._connection.request_lines("/pair", body, self._deadline)
+        pending = self._next_line()
+        if pending is None:
+            raise PairingDenied("the dispatcher ended the exchange without an answer")
+        self._take_pending(pending)
 
-    def _next_line(self) -> dict:
+    def _next_line(self) -> Optional[dict]:
+        """The next object of the dispatcher's first answer, or None at its end."""
         try:
-            return next(self._lines)
-        except StopIteration:
-            raise PairingDenied("the dispatcher ended the exchange without a decision") from None
+            return next(self._lines, None)
         except socket.timeout:
             raise PairingTimeout("the dispatcher did not decide in time") from None
         except (OSError, CtrlExecError) as error:
@@ -5702,7 +5759,7 @@ class PairingSession:
                 raise PairingDenied("the dispatcher does not know the commitment protocol", hint)
             self.code = legacy_pairing_code(self._offer.csr)
             return
-        for rest in self._lines:
+        if self._next_line() is not None:
             raise PairingDenied("the dispatcher said more than its first answer")
         texts = [
             str(pending.get(key, ""))
@@ -5714,7 +5771,6 @@ class PairingSession:
                 raise ValueError("nonce")
             if not HOST_NAME.fullmatch(texts[2]) or parse_serial(texts[3]) != texts[3]:
                 raise ValueError("identity")
-            self.ca_fingerprint = fingerprint(decode_pem(texts[1], "CERTIFICATE"))
             self.code = pairing_code(self._secrets)
         except ValueError as error:
             raise PairingDenied("the dispatcher's first answer is malformed (%s)" % error) from error
@@ -5722,6 +5778,10 @@ class PairingSession:
 
     def _check_ca(self, ca: str) -> None:
         """The CA must be the pinned one, and the one this host already belongs to, if any."""
+        try:
+            self.ca_fingerprint = fingerprint(decode_pem(ca, "CERTIFICATE"))
+        except ValueError as error:
+            raise PairingDenied("the dispatcher's CA is no certificate (%s)" % error) from error
         pinned = self._wish.ca_fingerprint.replace(":", "").lower()
         if pinned and not is_same_secret(pinned, self.ca_fingerprint):
             raise PairingDenied("the CA is not the expected one: its fingerprint is %s" % self.ca_fingerprint)
@@ -5731,20 +5791,23 @@ class PairingSession:
                 hint = "to leave that CA and its dispatchers: --replace-ca"
                 raise PairingDenied("this host belongs to another CA (%s)" % path, hint)
 
-    def wait(self, seconds: float) -> dict:
+    def wait(self) -> dict:
         """Open the commitment and wait for the decision. Raises PairingTimeout, PairingDenied."""
         if self.legacy:
-            return self._accept(self._next_line())
+            decision = self._next_line()
+            if decision is None:
+                raise PairingDenied("the dispatcher ended the exchange without a decision")
+            return self._accept(decision)
         body = {"reqid": self.reqid, "reveal": self._agent_nonce}
         if self._secret:
             body["token_proof"] = token_proof(self._secret, "agent", self._secrets)
         try:
-            _, decision = self._connection.request("POST", "/pair/reveal", body, Deadline(seconds), keep=True)
+            _, decision = self._connection.request("POST", "/pair/reveal", body, self._deadline, keep=True)
         except TransportError as error:
             self._connection.close()
             if error.state == "timeout":
                 raise PairingTimeout(
-                    "nobody approved request %s within %g s" % (self.reqid, seconds)
+                    "nobody approved request %s within %g s" % (self.reqid, self._deadline.seconds)
                 ) from error
             raise PairingDenied("the exchange broke off: %s" % error.message) from error
         return self._accept(decision)
@@ -5761,7 +5824,9 @@ class PairingSession:
         try:
             if not is_same_secret(texts["nonce"], self._offer.nonce):
                 raise ValueError("it is not the answer to our request")
-            if not self.legacy:
+            if self.legacy:
+                self._check_ca(texts["ca"])
+            else:
                 same = (self._secrets.ca, self._secrets.dispatcher_id, self._secrets.dispatcher_serial)
                 if (texts["ca"], texts["dispatcher_id"], texts["dispatcher_serial"]) != same:
                     raise ValueError("the CA or the dispatcher is not the one the code stands for")
@@ -5784,11 +5849,13 @@ class PairingSession:
         """
         config = self._config
         try:
+            for text in (decision["ca"], decision["cert"]):
+                decode_pem(text, "CERTIFICATE")  # one block each: a second one would be stored unseen
             ca_pem, pem = decision["ca"].encode("ascii"), decision["cert"].encode("ascii")
             self._openssl.check_chain(pem, ca_pem, "sslserver")
             self._openssl.check_key_match(pem, config.key)
             info = self._openssl.parse_certificate(pem)
-        except (TrustError, ProgramError, UnicodeEncodeError) as error:
+        except (TrustError, ProgramError, ValueError) as error:
             raise PairingDenied("the certificate is not believed: %s" % error) from error
         write_atomic(config.ca, ca_pem, mode=0o644, durable=True)
         add_trusted(config.trusted_dispatchers_path, decision["dispatcher_serial"], decision["dispatcher_id"])
@@ -5832,7 +5899,10 @@ def load_pairing_states(config: Config) -> list:
     for entry in sorted(os.scandir(directory), key=lambda entry: -entry.stat().st_mtime):
         if entry.name.endswith(".json") and not entry.name.startswith("."):
             try:
-                states.append(PairingState(**read_json_file(entry.path)))
+                state = PairingState(**read_json_file(entry.path))
+                if state.status == "waiting" and state.pid and not os.path.exists("/proc/%d" % state.pid):
+                    state = state._replace(status="timed out", reason="its process has ended")
+                states.append(state)
             except (StorageError, TypeError) as error:
                 LOG.event("config-warn", MESSAGE="%s: %s" % (entry.path, error))
     return states
@@ -5909,6 +5979,11 @@ _PING_ANSWER = {"status": str, "host": str, "version": str, "expiry": str}
 _CAPABILITIES_ANSWER = {"status": str, "host": str, "version": str, "scripts": list}
 
 
+def is_run_answer(answer: dict) -> bool:
+    """Whether an agent's answer has the fields of a run, each of its type."""
+    return all(type(answer.get(name)) is kind for name, kind in _RUN_ANSWER.items())
+
+
 def _judge_run(status: int, answer: dict) -> tuple:
     """(state, error) of an answer to /run."""
     error = answer.get("error", "")
@@ -5971,7 +6046,8 @@ class Dispatcher:
         )
         self._hook = hook
 
-    def select(self, selection: Selection) -> list:
+    def select(self, selection: Selection) -> tuple:
+        """The agents meant, and what is wrong with the registry; see `select_agents`."""
         return select_agents(self._config.registry_dir, selection)
 
     def authorise(self, context: HookContext) -> None:
@@ -5999,7 +6075,7 @@ class Dispatcher:
         except TransportError as problem:
             state, error, hint = problem.state, problem.message, problem.hint
         except _Malformed as problem:
-            state, error = "unknown", str(problem)
+            state, error, answer = "unknown", str(problem), {}
         except Exception as problem:
             log_bug(problem, REQID=reqid, HOST=agent.name)
             state, error = "unknown", "internal error; see the log"
@@ -6020,7 +6096,7 @@ class Dispatcher:
             if status != 200:
                 return "refused", str(answer.get("error", "the agent answered %d" % status))
             _expect(answer, _PING_ANSWER)
-            return "ok", ""
+            return ("ok", "") if answer["status"] == "ok" else ("failed", answer["status"])
 
         return self._each(
             agents, "ping", lambda agent: self._call(agent, reqid, "POST", "/ping", {"reqid": reqid}, judge)
@@ -6034,7 +6110,8 @@ class Dispatcher:
                 return "refused", str(answer.get("error", "the agent answered %d" % status))
             _expect(answer, _CAPABILITIES_ANSWER)
             for entry in answer["scripts"]:
-                if type(entry) is not dict or not SCRIPT_NAME.fullmatch(str(entry.get("name"))):
+                name = entry.get("name") if type(entry) is dict else None
+                if type(name) is not str or not SCRIPT_NAME.fullmatch(name):
                     raise _Malformed("the agent's answer lists a script without a valid name")
             return "ok", ""
 
@@ -6119,11 +6196,7 @@ def edit_agent(config: Config, name: str, edit: AgentEdit) -> Agent:
     """Change where an agent is, or what it is called here. Its certificate's name stays in its record."""
     if edit.rename and not HOST_NAME.fullmatch(edit.rename):
         raise UsageError("%s is not a host name" % one_line(edit.rename))
-    if edit.ip:
-        try:
-            parse_addresses(edit.ip)
-        except ValueError:
-            raise UsageError("%s is not an IP address" % one_line(edit.ip)) from None
+    check_ip_address(edit.ip)
     with registry_lock(config.registry_dir):
         agent = get_agent(config.registry_dir, name)
         changed = agent._replace(
@@ -6131,8 +6204,7 @@ def edit_agent(config: Config, name: str, edit: AgentEdit) -> Agent:
             lookup_by=edit.lookup_by or agent.lookup_by,
         )  # fmt: skip
         if changed.name != agent.name:
-            if changed.name.lower() != agent.name.lower():
-                check_free_name(config.registry_dir, changed.name)
+            check_free_name(config.registry_dir, changed.name, renamed=agent.name)
             save_agent(config.registry_dir, changed)
             remove_agent(config.registry_dir, agent.name)
         else:
@@ -6234,7 +6306,7 @@ def _say_json(value: dict) -> None:
 def _paint(text: str, colour: str) -> str:
     """Colour on a terminal that wants it (https://no-color.org), plain text everywhere else."""
     codes = {"red": "31", "green": "32", "yellow": "33", "bold": "1"}
-    if colour and sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb":
+    if colour and sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
         return "\033[%sm%s\033[0m" % (codes[colour], text)
     return text
 
@@ -6404,7 +6476,9 @@ def _describe_request(terms: PairingTerms, request: PairingRequest) -> str:
 
 
 def cmd_list_requests(args: Any, config: Config) -> int:
-    requests = load_pairing_requests(config)
+    requests, problems = load_pairing_requests(config)
+    for problem in problems:
+        _warn("ced: " + problem)
     terms = build_terms(config, OpenSSL(), "")
     if args.json:
         shown = [
@@ -6466,14 +6540,20 @@ def cmd_pairing_token(args: Any, config: Config) -> int:
 
 
 class _PairingPrompt:
-    """The operator's side of pairing mode: shows what waits, takes `a`, `d2`, `list`, `quit`."""
+    """The operator's side of pairing mode: shows what waits, takes `a`, `d2`, `list`, `quit`.
+
+    A request keeps its number for as long as pairing mode runs, and a letter alone means the one request
+    that was shown last: what is approved is what was compared, also when others come and go meanwhile.
+    """
 
     def __init__(self, config: Config, desk: PairingDesk, terms: PairingTerms) -> None:
         self._config = config
         self._desk = desk
         self._terms = terms
         self._openssl = OpenSSL()
-        self._shown: list = []  # PairingRequests, in the order of their numbers
+        self._shown: dict = {}  # number to PairingRequest, those that wait
+        self._next_number = 1
+        self._asked = 0  # the number that a letter alone means
         self._input = b""
 
     def run(self) -> None:
@@ -6497,52 +6577,59 @@ class _PairingPrompt:
                         return
 
     def _show_new(self) -> None:
-        waiting = load_pairing_requests(self._config)
-        new = [request for request in waiting if request not in self._shown]
-        gone = [request for request in self._shown if request not in waiting]
-        self._shown = waiting
+        waiting = load_pairing_requests(self._config)[0]
+        gone = [number for number, request in self._shown.items() if request not in waiting]
+        for number in gone:
+            del self._shown[number]
+        new = [request for request in waiting if request not in self._shown.values()]
         for request in new:
-            say("\nrequest  " + _describe_request(self._terms, request))
-            known = find_agent(self._config.registry_dir, request.hostname)
-            if known is not None:
-                say("  the name is taken: ced approve %s --replace, or --name OTHER" % request.reqid)
-        if new or gone:
+            self._shown[self._next_number] = request
+            self._next_number += 1
+            say("")
+            if find_agent(self._config.registry_dir, request.hostname) is not None:
+                say("the name is taken: ced approve %s --replace, or --name OTHER" % request.reqid)
+        if new or (gone and self._shown):
             self._show_choices()
 
     def _show_choices(self) -> None:
+        for number, request in self._shown.items():
+            say("%d  %s" % (number, _describe_request(self._terms, request)))
         if len(self._shown) == 1:
-            say("  compare the code with the agent's, then: [a]pprove, [d]eny, [s]kip")
-        elif self._shown:
-            for number, request in enumerate(self._shown, 1):
-                say("  %d  %s" % (number, _describe_request(self._terms, request)))
-            say("  compare the codes with the agents', then: a1, d2, ...; list, quit")
+            self._asked = next(iter(self._shown))
+            say("   compare the code with the agent's, then: [a]pprove, [d]eny, [s]kip")
+        else:
+            first, *_, last = self._shown
+            say("   compare the codes with the agents', then: a%d ... d%d; list, quit" % (first, last))
 
     def _obey(self, line: str) -> str:
-        hit = re.fullmatch(r"([ads])\s*([0-9]{0,3})", line)
+        hit = re.fullmatch(r"([ads])\s*([0-9]{0,6})", line)
+        number = int(hit[2] or self._asked) if hit else 0
         if line in ("quit", "q", "exit"):
             return "quit"
-        if line in ("list", "l"):
-            self._show_choices() if self._shown else say("  nothing waits")
-        elif hit and not self._shown:
-            say("  nothing waits")
+        if (hit or line in ("list", "l")) and not self._shown:
+            say("   nothing waits")
+        elif line in ("list", "l"):
+            self._show_choices()
         elif hit and not hit[2] and len(self._shown) > 1:
-            say("  which? a1 to a%d, d1 to d%d" % (len(self._shown), len(self._shown)))
-        elif hit and 1 <= int(hit[2] or 1) <= len(self._shown):
-            self._decide(hit[1], self._shown[int(hit[2] or 1) - 1])
+            say("   which? " + ", ".join("%s%d" % (hit[1], known) for known in self._shown))
+        elif hit and number in self._shown:
+            self._decide(hit[1], self._shown[number])
+        elif hit:
+            say("   %d does not wait any more" % number)
         elif line:
-            say("  a, d, s (with a number when several wait), list, quit")
+            say("   a, d, s (with a number when several wait), list, quit")
         return ""
 
     def _decide(self, choice: str, request: PairingRequest) -> None:
         try:
             if choice == "a":
                 agent = approve_pairing(self._config, self._openssl, request, Approval())
-                say("  approved: %s at %s port %d" % (agent.name, agent.address(), agent.port))
+                say("   approved: %s at %s port %d" % (agent.name, agent.address(), agent.port))
             elif choice == "d":
                 deny_pairing(self._config, request, "denied by the operator")
-                say("  denied: %s" % request.hostname)
+                say("   denied: %s" % request.hostname)
         except CtrlExecError as error:
-            say("  %s%s" % (error.message, " (%s)" % error.hint if error.hint else ""))
+            say("   %s%s" % (error.message, " (%s)" % error.hint if error.hint else ""))
 
 
 def cmd_pairing_mode(args: Any, config: Config) -> int:
@@ -6612,23 +6699,37 @@ def _find_token(args: Any) -> str:
     return os.environ.get("ENVEXEC_TOKEN", "")
 
 
-def _open_dispatch(options: Any, config: Config, words: list, action: str, **details: Any) -> tuple:
-    """What every verb for hosts begins with: (dispatcher, hosts, the context the hook has agreed to)."""
+class _Opened(NamedTuple):
+    """What every verb for hosts begins with."""
+
+    dispatcher: Dispatcher
+    agents: list
+    context: HookContext  # as the hook has agreed to it
+    spoiled: bool  # a registry file could not be used: the others are served, and the exit status says so
+
+
+def _open_dispatch(options: Any, config: Config, words: list, action: str, **details: Any) -> _Opened:
     dispatcher = Dispatcher(config)
-    agents = dispatcher.select(_build_selection(options, words))
-    names = tuple(agent.name for agent in agents)
+    agents, problems = dispatcher.select(_build_selection(options, words))
+    for problem in problems:
+        _warn("ced: " + problem)
     context = HookContext(
-        action, new_id(), hosts=names, username=options.username or _user_name(), token=_find_token(options),
-        source_ip="127.0.0.1", **details,
-    )  # fmt: skip
+        action,
+        new_id(),
+        hosts=tuple(agent.name for agent in agents),
+        username=options.username or _user_name(),
+        token=_find_token(options),
+        source_ip="127.0.0.1",
+        **details,
+    )
     dispatcher.authorise(context)
-    return dispatcher, agents, context
+    return _Opened(dispatcher, agents, context, bool(problems))
 
 
 def cmd_ping(args: Any, config: Config) -> int:
-    dispatcher, agents, context = _open_dispatch(args, config, args.hosts, "ping")
+    dispatcher, agents, context, spoiled = _open_dispatch(args, config, args.hosts, "ping")
     results = sorted(dispatcher.ping(agents, context.reqid), key=lambda result: result.host)
-    failed = any(result.state != "ok" for result in results)
+    failed = spoiled or any(result.state != "ok" for result in results)
     if args.json:
         shown = []
         for result in results:
@@ -6682,7 +6783,7 @@ def _exact_output(answer: dict, stream: str) -> bytes:
 
 def _render_block(result: HostResult) -> bytes:
     """One host's block of `run`."""
-    answer = result.answer if isinstance(result.answer.get("exit"), int) else {}
+    answer = result.answer if is_run_answer(result.answer) else {}
     state = _paint("OK", "green") if result.state == "ok" else _paint("FAIL", "red")
     facts = (result.host, state, answer.get("exit", -1), _milliseconds(result.rtt), result.reqid)
     block = ("==> %s  [%s  exit:%d  %s  req:%s]\n" % facts).encode("utf-8")
@@ -6706,7 +6807,7 @@ def _render_block(result: HostResult) -> bytes:
 def _run_entry(result: HostResult, script: str) -> dict:
     """One host of `run --json`."""
     answer = result.answer
-    known = type(answer.get("exit")) is int
+    known = is_run_answer(answer)
     entry = {"host": result.host, "script": script, "exit": answer["exit"] if known else -1}
     entry.update({stream: answer.get(stream, "") if known else "" for stream in ("stdout", "stderr")})
     entry.update(rtt=_milliseconds(result.rtt), reqid=result.reqid, state=result.state)
@@ -6730,12 +6831,12 @@ def cmd_run(args: Any, config: Config) -> int:
         raise UsageError("no script is named", "ced run HOST... SCRIPT [-- ARG...]")
     *words, script = args.hosts
     arguments = tuple(args.script_args)
-    request = RunRequest(
-        script, arguments, "", args.username or _user_name(), _find_token(args), args.timeout or 0
-    )
+    request = RunRequest(script, arguments, "", args.username or _user_name(), "", args.timeout or 0)
     check_run_request(request)
-    dispatcher, agents, context = _open_dispatch(args, config, words, "run", script=script, args=arguments)
-    request = request._replace(reqid=context.reqid)
+    dispatcher, agents, context, spoiled = _open_dispatch(
+        args, config, words, "run", script=script, args=arguments
+    )
+    request = request._replace(reqid=context.reqid, token=context.token)
     results = []
     try:
         for result in dispatcher.run(agents, request):
@@ -6763,15 +6864,15 @@ def cmd_run(args: Any, config: Config) -> int:
             "%d hosts: %s"
             % (len(results), ", ".join("%d %s" % (count, state) for state, count in counts if count))
         )
-    return int(any(result.state != "ok" for result in results))
+    return int(spoiled or any(result.state != "ok" for result in results))
 
 
 def cmd_discovery(args: Any, config: Config) -> int:
     if not (args.hosts or args.all or args.tags or args.file):
         args.all = True
-    dispatcher, agents, context = _open_dispatch(args, config, args.hosts, "discovery")
+    dispatcher, agents, context, spoiled = _open_dispatch(args, config, args.hosts, "discovery")
     results = sorted(dispatcher.discover(agents, context.reqid), key=lambda result: result.host)
-    failed = any(result.state != "ok" for result in results)
+    failed = spoiled or any(result.state != "ok" for result in results)
     if args.json:
         hosts = {}
         for result in results:
@@ -6825,13 +6926,11 @@ def _confirm(question: str) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def _finish_pairing(
-    config: Config, session: PairingSession, state: PairingState, seconds: int, ask: bool
-) -> int:
+def _finish_pairing(config: Config, session: PairingSession, state: PairingState, ask: bool) -> int:
     """Wait, confirm, store, and keep the state file true; raises what the wait raises."""
     write_pairing_state(config, state._replace(pid=os.getpid()))
     try:
-        decision = session.wait(seconds)
+        decision = session.wait()
         if ask and not _confirm("Does the dispatcher show the code %s? [y/N] " % _spaced(session.code)):
             raise PairingDenied("the code was not confirmed here; nothing is stored")
         info = session.store(decision)
@@ -6866,7 +6965,7 @@ def _show_code(session: PairingSession, has_token: bool) -> None:
         _warn("approve it on the dispatcher only if it shows the same code there")
 
 
-def _wait_in_background(config: Config, session: PairingSession, state: PairingState, seconds: int) -> int:
+def _wait_in_background(config: Config, session: PairingSession, state: PairingState) -> int:
     """Print the request id and return, leaving a process that waits and holds nothing of the caller's."""
     write_pairing_state(config, state)
     pid = os.fork()
@@ -6880,7 +6979,7 @@ def _wait_in_background(config: Config, session: PairingSession, state: PairingS
         for number in (0, 1, 2):
             os.dup2(nowhere, number)
         session.keep_only([LOG.descriptor()])
-        status = _finish_pairing(config, session, state, seconds, False)
+        status = _finish_pairing(config, session, state, False)
     except CtrlExecError as error:
         status = error.exit_code
     except BaseException as error:
@@ -6930,12 +7029,12 @@ def cmd_request_pairing(args: Any, config: Config) -> int:
         )
     except ValueError as error:
         raise UsageError("expected %s" % error) from None
-    session = PairingSession(config, wish, OpenSSL())
+    session = PairingSession(config, wish, OpenSSL(), args.timeout)
     state = PairingState(session.reqid, host, session.code, "waiting")
     _show_code(session, bool(token))
     if args.background:
-        return _wait_in_background(config, session, state, args.timeout)
-    return _finish_pairing(config, session, state, args.timeout, _must_ask(args, token))
+        return _wait_in_background(config, session, state)
+    return _finish_pairing(config, session, state, _must_ask(args, token))
 
 
 def cmd_pairing_status(args: Any, config: Config) -> int:
@@ -7165,6 +7264,8 @@ def _parse_options(command: Command, program: str, words: list) -> tuple:
     if command.name == "run" and "--" in words:
         at = words.index("--")
         words, script_args = words[:at], words[at + 1 :]
+    if "--version" in words:
+        return None, render_version()
     if "--help" in words:
         return None, parser.format_help().rstrip()
     args = parser.parse_intermixed_args(words)
@@ -7255,11 +7356,18 @@ class _Demo:
     def __init__(self, top: str) -> None:
         self.top = top
         self.running: list = []  # processes to end
+        self.interrupted = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # not an exception, which could strike between a process's start and our noting it
+            signal.signal(number, self._interrupt)
         self._log = os.open(
             os.path.join(top, "output.log"), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600
         )
         for link in ("ced", "cea"):
             os.symlink(os.path.realpath(__file__), os.path.join(top, link))
+
+    def _interrupt(self, *_: object) -> None:
+        self.interrupted = True
 
     def program(self, link: str, host: str = "") -> list:
         """The beginning of a command line for the dispatcher, or for one host's agent."""
@@ -7274,6 +7382,8 @@ class _Demo:
         if not quiet:
             say(_paint("\n%s$ %s %s" % (host + " " if host else "", link, shlex.join(words)), "bold"))
         done = run_program(self.program(link, host) + list(words), env=self._environment(), timeout=60)
+        if self.interrupted:
+            raise KeyboardInterrupt
         text = done.stdout.decode("utf-8", "replace")
         said = text + done.stderr.decode("utf-8", "replace") if not quiet else ""
         for line in said.splitlines():
@@ -7311,15 +7421,16 @@ def _free_ports(count: int) -> list:
     return ports
 
 
-def _wait_for_port(port: int) -> None:
+def _wait_for_port(port: int, process: Any) -> None:
+    """Until the port is open. Raises Unavailable when the process ends instead, or nothing happens."""
     deadline = Deadline(20)
-    while not deadline.is_over():
+    while not deadline.is_over() and process.poll() is None:
         try:
             socket.create_connection(("127.0.0.1", port), 1).close()
             return
         except OSError:
             time.sleep(0.05)
-    raise Unavailable("port %d did not open within %g s" % (port, deadline.seconds))
+    raise Unavailable("port %d did not open; somebody else may have taken it" % port, "run the demo again")
 
 
 def _demo_files(demo: _Demo, pairing_port: int, ports: list) -> None:
@@ -7347,7 +7458,7 @@ def _read_state(demo: _Demo, host: str, reqid: str) -> str:
 def _demo_pair(demo: _Demo, pairing_port: int) -> None:
     say("\nPairing: both sides show six digits, computed from everything both have said.")
     demo.start("pairing-mode")
-    _wait_for_port(pairing_port)
+    _wait_for_port(pairing_port, demo.running[0])
     for host in _DEMO_HOSTS:
         asked = demo.show(
             "request-pairing",
@@ -7363,7 +7474,9 @@ def _demo_pair(demo: _Demo, pairing_port: int) -> None:
             demo.show("list-requests")
         demo.show("approve", reqid)
         deadline = Deadline(20)
-        while '"status": "stored"' not in _read_state(demo, host, reqid) and not deadline.is_over():
+        while '"status": "stored"' not in _read_state(demo, host, reqid):
+            if deadline.is_over():
+                raise Unavailable("%s was not paired; see %s" % (host, demo.top), "run the demo again")
             time.sleep(0.05)
         demo.start("serve", host=host)
 
@@ -7396,7 +7509,6 @@ def run_demo(keep: bool) -> int:
     import shutil
     import tempfile
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     top = os.path.realpath(tempfile.mkdtemp(prefix="ctrl-exec-demo-"))
     os.chmod(top, 0o755)
     demo = _Demo(top)
@@ -7408,8 +7520,8 @@ def run_demo(keep: bool) -> int:
         demo.show("setup-ca")
         demo.show("setup-ctrl-exec")
         _demo_pair(demo, pairing_port)
-        for port in ports:
-            _wait_for_port(port)
+        for port, process in zip(ports, demo.running[1:]):
+            _wait_for_port(port, process)
         _demo_run(demo)
         kept = keep
     except KeyboardInterrupt:
@@ -7461,16 +7573,16 @@ def _run_role(argv: list) -> int:
             program, words = "ctrl_exec.py " + words[0], words[1:]
     if role:
         return run_command(role, program, words)
+    if "--version" in words:
+        say(render_version())
+        return 0
+    if "--help" in words:
+        say(_USAGE)
+        return 0
     if words[:1] == ["demo"] and set(words[1:]) <= {"--keep"}:
         return run_demo("--keep" in words)
     if words[:1] == ["conf-example"] and len(words) == 2 and words[1] in ("dispatcher", "agent"):
         say(render_example(words[1]))
-        return 0
-    if words == ["--version"]:
-        say(render_version())
-        return 0
-    if words == ["--help"]:
-        say(_USAGE)
         return 0
     raise UsageError("what to do?\n" + _USAGE)
 

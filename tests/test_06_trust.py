@@ -850,7 +850,7 @@ def test_a_dispatcher_with_a_loose_key_asks_nobody(field):
     ],
 )
 def test_a_certificate_is_for_exactly_its_name(names, common, name, same):
-    assert ctrl_exec.is_named(ctrl_exec.PeerCert("1", common, names, 0.0), name) == same
+    assert ctrl_exec.is_named(ctrl_exec.PeerCert("1", common, names), name) == same
 
 
 # --- impostors in an agent's place ----------------------------------------------------------------------

@@ -282,4 +282,4 @@ def test_the_file_keeps_to_syntax_that_an_older_python_can_parse():
 
 def test_the_first_line_isolates_the_interpreter():
     with open(PROGRAM, encoding="utf-8") as file:
-        assert file.readline() == "#!/usr/bin/python3 -I\n"
+        assert file.readline() == "#!/usr/bin/python3 -IS\n"
