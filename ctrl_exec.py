@@ -670,8 +670,11 @@ class FileLock:
 
     def write(self, text: str) -> None:
         """Say in the file who holds it; for people, never for deciding."""
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, text.encode("utf-8"), 0)
+        try:
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, text.encode("utf-8"), 0)
+        except OSError as error:
+            raise StorageError("cannot write the lock %s: %s" % (self.path, error.strerror)) from error
 
     def descriptor(self) -> int:
         return self._descriptor
@@ -693,6 +696,17 @@ class FileLock:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+def receive_socket(control: socket.socket) -> Optional[socket.socket]:
+    """The socket that another process of ours passes over `control`, or None at the end. Raises OSError."""
+    data, descriptors, _, _ = socket.recv_fds(control, 16, 1)
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, False)  # recv_fds leaves it open across exec
+        return socket.socket(fileno=descriptor)
+    if data:
+        raise OSError(errno.EBADMSG, "a message without a socket")
+    return None
 
 
 def close_descriptors(keep: Iterable) -> None:
@@ -2128,10 +2142,10 @@ class Channel:
 
 # --- JSON -----------------------------------------------------------------------------------------------
 
-_JSON_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_JSON_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 
 
-def _check_depth(data: bytes) -> None:
+def check_json_depth(data: bytes) -> None:
     """Raise BadRequest when brackets nest too deep: before the parser, whose own limit is its C stack."""
     if data.count(b"[") + data.count(b"{") <= MAX_JSON_DEPTH:
         return
@@ -2155,12 +2169,22 @@ def _refuse_constant(name: str) -> None:
     raise BadRequest("%s is not JSON" % name)
 
 
+def _finite(text: str) -> float:
+    """A number that stays one: 1e999 would be written again as Infinity."""
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        _refuse_constant(text[:80])
+    return value
+
+
 def parse_json(data: bytes) -> dict:
     """A JSON object from the network: bounded depth, no duplicate names, no NaN. Raises BadRequest."""
-    _check_depth(data)
+    check_json_depth(data)
     try:
         text = data.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_unique_fields, parse_constant=_refuse_constant)
+        value = json.loads(
+            text, object_pairs_hook=_unique_fields, parse_constant=_refuse_constant, parse_float=_finite
+        )
     except (ValueError, RecursionError):
         raise BadRequest("the body is not JSON") from None
     if not isinstance(value, dict):
@@ -2248,7 +2272,7 @@ class Request(NamedTuple):
 
 
 _REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) (/[\x21-\x7e]{0,2000}) HTTP/1\.([01])")
-_HEADER = re.compile(rb"([A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}):[ \t]*([\x20-\x7e\x80-\xff\t]*?)[ \t]*")
+_HEADER = re.compile(rb"([A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}):([\x20-\x7e\x80-\xff\t]*)")
 
 
 def _parse_headers(lines: list) -> dict:
@@ -2262,7 +2286,7 @@ def _parse_headers(lines: list) -> dict:
         name = hit[1].decode("ascii").lower()
         if name in headers and name in ("content-length", "transfer-encoding", "host", "authorization"):
             raise BadRequest("header `%s` is there twice" % name)
-        headers[name] = hit[2].decode("latin-1")
+        headers[name] = hit[2].strip(b" \t").decode("latin-1")
     return headers
 
 
@@ -2333,7 +2357,9 @@ class Response(NamedTuple):
     close: bool = False
 
 
-def write_response(channel: Channel, version: str, response: Response, keep: bool) -> None:
+def write_response(
+    channel: Channel, version: str, response: Response, keep: bool, bare: bool = False
+) -> None:
     """Send an answer. Short ones leave in one write; long ones are chunked, or end with the connection."""
     chunks = iter([encode_json(response.body)] if isinstance(response.body, dict) else response.body)
     first = next(chunks, b"")
@@ -2349,6 +2375,9 @@ def write_response(channel: Channel, version: str, response: Response, keep: boo
         lines.append("Transfer-Encoding: chunked")
     lines.append("Connection: " + ("keep-alive" if keep and (second is None or chunked) else "close"))
     head = ("\r\n".join(lines) + "\r\n\r\n").encode("ascii")
+    if bare:  # an answer to HEAD has no body (RFC 9110 section 9.3.2)
+        channel.write(head, WRITE_SECONDS)
+        return
     frame = (lambda data: b"%x\r\n%s\r\n" % (len(data), data)) if chunked else (lambda data: data)
     channel.write(head + (frame(first) if first or not chunked else b""), WRITE_SECONDS)
     while second is not None:
@@ -2516,7 +2545,9 @@ class _Connection:
     def send_away(self) -> None:
         self.waiting = False
         try:
-            self.raw.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads; it closes the socket
+            # Wakes the thread that reads, and it closes the socket. Not SSLSocket's own shutdown, which would
+            # take the TLS state from under a handshake that is just beginning.
+            socket.socket.shutdown(self.raw, socket.SHUT_RDWR)
         except OSError:
             pass
 
@@ -2525,7 +2556,9 @@ class ServerPolicy(NamedTuple):
     """What a server asks its owner about connections."""
 
     admit: Callable  # (address) to bool: may it connect?
-    note: Callable  # (address, failure, reason): nothing came of it; `silent`, or `tls` for a bad handshake
+    # (address, failure, reason): nothing came of it; `silent`, `closed` by the peer during the handshake, or
+    # `tls` for a handshake that failed
+    note: Callable
 
 
 def render_refusal(error: CtrlExecError) -> dict:
@@ -2603,15 +2636,18 @@ class Server:
         for listener in self._listeners:
             listener.close()
 
-    def drain(self, seconds: float) -> bool:
-        """Close what waits, let what is being answered end; whether everything ended in time."""
-        deadline = Deadline(seconds)
+    def drain(self, seconds: float, grace: float = 0) -> bool:
+        """Close what waits, let what is being answered end; whether everything ended in time.
+
+        A connection that was accepted and has not been served yet gets `grace` seconds for its first request.
+        """
+        deadline, newcomers = Deadline(seconds), Deadline(grace)
         self._draining = True
         while True:
             with self._guard:
                 open_ones = list(self._connections)
             for connection in open_ones:
-                if connection.waiting:
+                if connection.waiting and (connection.served or newcomers.is_over()):
                     connection.send_away()
             if not open_ones or deadline.is_over():
                 return not open_ones
@@ -2680,7 +2716,9 @@ class Server:
             peer = Peer(connection.address, connection.port, cert, connection.raw)
             channel = Channel(connection.raw)
             wait = HEAD_SECONDS
-            while not self._draining and self._answer_one(connection, channel, peer, wait):
+            while not (self._draining and connection.served):
+                if not self._answer_one(connection, channel, peer, wait):
+                    break
                 wait = IDLE_SECONDS
         except (OSError, ValueError):  # gone, or sent away: a closed TLS socket raises ValueError
             if connection.served == 0:
@@ -2701,17 +2739,17 @@ class Server:
             closed = isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)) or "EOF" in (
                 error.reason or ""
             )
-            self._policy.note(connection.address, "silent" if closed else "tls", describe_tls_error(error))
+            self._policy.note(connection.address, "closed" if closed else "tls", describe_tls_error(error))
             return False
 
     def _answer_one(self, connection: _Connection, channel: Channel, peer: Peer, wait: float) -> bool:
         """Read one request and answer it; whether the connection goes on."""
-        version, keep = "1.1", False
+        version, keep, method = "1.1", False, ""
         connection.waiting = True
         try:
             request = read_request(channel, Deadline(wait), self._max_body)
             connection.waiting = False
-            version = request.version
+            version, method = request.version, request.method
             keep = not request.wants_close() and not self._draining
             response = self._handle(peer, request)
         except CtrlExecError as error:
@@ -2724,7 +2762,8 @@ class Server:
             response = Response(500, {"ok": False, "error": "internal error; see the log here"})
         connection.waiting = False
         connection.served += 1
-        write_response(channel, version, response, keep)
+        keep = keep and not response.close
+        write_response(channel, version, response, keep, method == "HEAD")
         if not keep:
             connection.waiting = True
             _linger(channel.socket)
@@ -2753,7 +2792,7 @@ def _resolve(address: str, port: int, deadline: Deadline) -> list:
     flags = socket.AI_NUMERICHOST
     try:
         return socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=flags)
-    except socket.gaierror:
+    except (socket.gaierror, UnicodeError):
         pass
     found: list = []
 
@@ -3093,11 +3132,12 @@ class AddressGate:
             recent = [at for at in self._events.pop((kind, key), []) if at > moment - rate.window]
             recent.append(moment)
             over = len(recent) > rate.count if kind == "volume" else len(recent) >= rate.count
-            if over and key not in self._blocked:
+            if over and self._blocked.get(key, 0) <= moment:
                 LOG.event("rate-block", PEER=address, KIND=kind, SECONDS=rate.block)
-            if over:
-                self._blocked[key] = moment + rate.block
-        if not over:
+            until = max(self._blocked.get(key, 0), moment + rate.block)
+        if over:
+            self._put(self._blocked, key, until)
+        else:
             self._put(self._events, (kind, key), recent[-rate.count - 1 :])
 
     def _put(self, table: dict, key: Any, value: Any) -> bool:
@@ -3171,8 +3211,10 @@ def load_sidecar(path: str) -> tuple:
         raise ValueError(error.message) from error
     try:
         schema = parse_json(data)
-    except BadRequest as error:
-        raise ValueError(error.message) from error
+        check_json_depth(b"[[[" + data)  # as deep as it stands in the answer to /capabilities
+        json.dumps(schema, ensure_ascii=False).encode("utf-8")
+    except (BadRequest, UnicodeEncodeError) as error:
+        raise ValueError(getattr(error, "message", "half of a surrogate pair")) from error
     version = schema.get("version")
     if isinstance(version, str) and SCHEMA_VERSION.fullmatch(version) and not version.startswith("sha256:"):
         return schema, version
@@ -3191,6 +3233,8 @@ def _parse_script(line: ConfigLine, where: str, profiles: dict, warnings: list) 
         path, key, value = hit[1], hit[2], hit[3]
         if key not in _SCRIPT_OPTIONS:
             raise ConfigError("%s: unknown option `%s`%s" % (where, key, suggest(key, _SCRIPT_OPTIONS)))
+        if key in options:
+            raise ConfigError("%s: `%s` is there twice" % (where, key))
         try:
             options[key] = _SCRIPT_OPTIONS[key](value)
         except ValueError as error:
@@ -3243,31 +3287,42 @@ def load_allowlist(path: str, profiles: dict) -> tuple:
 # --- is this the file that was meant? -------------------------------------------------------------------
 
 
+def _check_part(part: str) -> int:
+    """Check one component of a path; returns its mode."""
+    status = os.lstat(part)
+    mode = stat.S_IMODE(status.st_mode)
+    if status.st_uid not in (0, os.geteuid()):
+        raise ScriptRefused("%s belongs to user %d, not to root or the agent's user" % (part, status.st_uid))
+    sticky = stat.S_ISDIR(status.st_mode) and mode & stat.S_ISVTX
+    if stat.S_ISLNK(status.st_mode):
+        mode = 0  # a symlink's own mode means nothing
+    if mode & 0o002 and not sticky:
+        raise ScriptRefused("%s is writable by everybody (mode %04o)" % (part, mode), "chmod o-w " + part)
+    if mode & 0o020 and status.st_gid != 0 and not sticky:
+        raise ScriptRefused("%s is writable by its group (mode %04o)" % (part, mode), "chmod g-w " + part)
+    return status.st_mode
+
+
 def check_modes(path: str) -> None:
     """Raise ScriptRefused when somebody other than root or we could change the file or its way there.
 
+    Every component is looked at, and where one is a symlink, every component of where it leads as well.
     A directory with the sticky bit (such as /tmp) may be writable by all: nobody can rename or remove
     what is not his in it, and what is in it is checked in its turn.
     """
-    ours = (0, os.geteuid())
-    part = path
-    while True:
-        status = os.lstat(part)
-        mode = stat.S_IMODE(status.st_mode)
-        if status.st_uid not in ours:
-            raise ScriptRefused(
-                "%s belongs to user %d, not to root or the agent's user" % (part, status.st_uid)
-            )
-        sticky = stat.S_ISDIR(status.st_mode) and mode & stat.S_ISVTX
-        if stat.S_ISLNK(status.st_mode):
-            mode = 0  # a symlink's own mode means nothing
-        if mode & 0o002 and not sticky:
-            raise ScriptRefused("%s is writable by everybody (mode %04o)" % (part, mode), "chmod o-w " + part)
-        if mode & 0o020 and status.st_gid != 0 and not sticky:
-            raise ScriptRefused("%s is writable by its group (mode %04o)" % (part, mode), "chmod g-w " + part)
-        if part == "/":
-            return
-        part = os.path.dirname(part)
+    part, rest, hops = "/", [name for name in path.split("/") if name], 0
+    _check_part(part)
+    while rest:
+        name = rest.pop(0)
+        part = os.path.dirname(part) if name == ".." else os.path.join(part, name)
+        if name in (".", "..") or not stat.S_ISLNK(_check_part(part)):
+            continue
+        hops += 1
+        if hops > 40:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        target = os.readlink(part)
+        rest[:0] = [name for name in target.split("/") if name]
+        part = "/" if target.startswith("/") else os.path.dirname(part)
 
 
 def _is_below(path: str, directory: str) -> bool:
@@ -3284,10 +3339,7 @@ def check_script(script: Script, script_dirs: tuple, strict_modes: bool) -> str:
         if script_dirs and not any(_is_below(real, os.path.realpath(top)) for top in script_dirs):
             raise ScriptRefused("%s is outside script_dirs" % real)
         if strict_modes:
-            check_modes(real)
-            check_modes(
-                os.path.join(os.path.realpath(os.path.dirname(script.path)), os.path.basename(script.path))
-            )
+            check_modes(script.path)
     except OSError as error:
         raise ScriptRefused("%s: %s" % (script.path, error.strerror)) from error
     return real
@@ -3310,6 +3362,8 @@ def find_account(profile: Profile) -> Account:
     import pwd
 
     user, _, group = profile.run_as.partition(":")
+    if profile.run_as and not user:
+        raise ScriptRefused("profile %s: run_as names no user" % profile.name)
     try:
         entry = pwd.getpwnam(user) if user else pwd.getpwuid(os.geteuid())
         gid = grp.getgrnam(group).gr_gid if group else entry.pw_gid
@@ -3425,6 +3479,21 @@ def find_record(rules: JobRules, owner: str, reqid: str) -> Optional[RunRecord]:
         raise StorageError("%s: fields are missing" % path) from error
 
 
+def _is_held(path: str) -> bool:
+    """Whether a supervisor writes to this output file: it holds a lock on it, which dies with it."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+
+
 def sweep_records(rules: JobRules) -> None:
     """Remove what is older than the retention, at most once in a twenty-fourth of it; never raises."""
     marker = os.path.join(rules.runs_dir, ".swept")
@@ -3435,6 +3504,8 @@ def sweep_records(rules: JobRules) -> None:
         for owner in os.scandir(rules.runs_dir):
             if owner.is_dir(follow_symlinks=False):
                 for entry in os.scandir(owner.path):
+                    if _is_held(os.path.splitext(entry.path)[0] + ".out"):
+                        continue  # a run that goes on
                     if now() - entry.stat(follow_symlinks=False).st_mtime > rules.retention:
                         os.unlink(entry.path)
     except (OSError, StorageError) as error:
@@ -3542,35 +3613,30 @@ def _script_environment(request: JobRequest, account: Account) -> dict:
     }
 
 
-def _set_no_new_privileges() -> None:
-    import ctypes
-
-    pr_set_no_new_privs = 38  # prctl(2); Python has no call of its own for it
-    if ctypes.CDLL(None, use_errno=True).prctl(pr_set_no_new_privs, 1, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "no_new_privileges")
-
-
 def _apply_profile(plan: _Plan) -> None:
-    """In the child, before exec: limits first, then the user, then what must survive the change of user."""
+    """In the child, before exec: limits, then the user, then what must survive the change of user."""
     import resource
 
     profile, account = plan.profile, plan.account
+    if profile.no_new_privileges:
+        import ctypes  # now: a limit, or the other user's rights, could keep its files from being read
+
+        prctl = ctypes.CDLL(None, use_errno=True).prctl
     if profile.nice:
         os.setpriority(os.PRIO_PROCESS, 0, profile.nice)
-    limits = (
-        (resource.RLIMIT_AS, profile.memory),
-        (resource.RLIMIT_CPU, profile.cpu_seconds),
-        (resource.RLIMIT_NOFILE, profile.open_files),
-    )
-    for which, limit in limits:
-        if limit:
-            resource.setrlimit(which, (limit, limit))
+    if profile.cpu_seconds:
+        resource.setrlimit(resource.RLIMIT_CPU, (profile.cpu_seconds, profile.cpu_seconds))
+    if profile.open_files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (profile.open_files, profile.open_files))
     if os.geteuid() == 0:
         os.setgroups(account.groups)
         os.setresgid(account.gid, account.gid, account.gid)
         os.setresuid(account.uid, account.uid, account.uid)
-    if profile.no_new_privileges:
-        _set_no_new_privileges()
+    pr_set_no_new_privs = 38  # prctl(2); Python has no call of its own for it
+    if profile.no_new_privileges and prctl(pr_set_no_new_privs, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "no_new_privileges")
+    if profile.memory:  # last: we are larger than some limits ourselves, and could not even grow our stack
+        resource.setrlimit(resource.RLIMIT_AS, (profile.memory, profile.memory))
 
 
 def _reset_signals() -> None:
@@ -3642,6 +3708,7 @@ class _Spool:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             self._descriptor = os.open(path, flags, 0o640)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # so that no sweep takes it
             if owner is not None:
                 os.fchown(self._descriptor, owner.uid, owner.gid)
         except OSError as error:
@@ -3789,7 +3856,11 @@ def _take_slot(rules: JobRules, script: Script, reqid: str) -> FileLock:
     for number in range(script.max_running):
         lock = FileLock(os.path.join(rules.locks_dir, "%s.%d" % (script.name, number)), mode=0o600)
         if lock.acquire():
-            lock.write(reqid)
+            try:
+                lock.write(reqid)
+            except StorageError:
+                lock.release()
+                raise
             return lock
     raise Busy("%s is already running here" % script.name, "max_running in scripts.conf allows more at once")
 
@@ -4136,7 +4207,7 @@ class Executor:
             signal.signal(
                 signal.SIGINT, signal.SIG_IGN
             )  # a terminal's Ctrl-C reaches the parent, which decides
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, lambda *_: None)  # a handler, because hooks would inherit SIG_IGN
             signal.signal(signal.SIGPIPE, signal.SIG_IGN)
             listening = [listener.fileno() for listener in self._bundle.listeners]
             close_descriptors([theirs.fileno(), LOG.descriptor(), *listening])
@@ -4149,21 +4220,20 @@ class Executor:
     def _take_job(self, front: _Front) -> None:
         """A front passes one end of a socketpair: fork the supervisor that will read from it."""
         try:
-            data, descriptors, _, _ = socket.recv_fds(front.control, 16, 1)
-        except OSError:
-            data, descriptors = b"", []
-        if not data and not descriptors:
+            channel = receive_socket(front.control)
+        except OSError as error:  # no descriptor left for it, for instance; its front sees the end
+            LOG.event("bug", MESSAGE="a request was lost: %s" % error.strerror)
+            return
+        if channel is None:
             front.hang_up()
             return
-        for descriptor in descriptors:
-            channel = socket.socket(fileno=descriptor)
-            try:
-                self._fork_supervisor(channel)
-            except OSError as error:
-                reason = {"event": "refused", "code": "unavailable", "status": 503}
-                reason["error"] = "cannot start a process: %s; try again later" % error.strerror
-                _send_pieces(channel, [encode_json(reason) + b"\n"])
-            channel.close()
+        try:
+            self._fork_supervisor(channel)
+        except OSError as error:
+            reason = {"event": "refused", "code": "unavailable", "status": 503}
+            reason["error"] = "cannot start a process: %s; try again later" % error.strerror
+            _send_pieces(channel, [encode_json(reason) + b"\n"])
+        channel.close()
 
     def _fork_supervisor(self, channel: socket.socket) -> None:
         if os.fork():
@@ -4276,7 +4346,7 @@ def scripts_conf_path(config: Config) -> str:
 def _check_own_file(path: str) -> None:
     """What decides what root runs must not be writable by others."""
     try:
-        check_modes(os.path.realpath(path))
+        check_modes(path)
     except ScriptRefused as error:
         raise ConfigError("%s cannot be trusted: %s" % (path, error.message), error.hint) from error
 
@@ -4405,10 +4475,15 @@ class Front:
         )
         server.serve(self._control.fileno())
         word = self._control.recv(16)
-        server.drain(10**9 if word == b"drain" else DRAIN_SECONDS)
+        if word == b"drain":  # a reload: no hurry, and a connection that has just come is served as promised
+            server.drain(10**9, grace=HANDSHAKE_SECONDS)
+        else:
+            server.drain(DRAIN_SECONDS)
         return 0
 
     def _note(self, address: str, failure: str, reason: str) -> None:
+        if failure == "closed" and address in ("127.0.0.1", "::1"):
+            return  # what `self-ping` looks like, which must not lock itself out
         if failure == "tls":
             LOG.event("tls-failure", PEER=address, REASON=reason)
             self._gate.count(address, "probe")
@@ -4512,7 +4587,10 @@ class Front:
 
         Raises ConnectionError when the caller goes away meanwhile; the run does not.
         """
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            raise Unavailable("cannot pass the request on: %s; try again later" % error.strerror) from error
         with theirs:
             socket.send_fds(self._control, [b"job"], [theirs.fileno()])
         ours.settimeout(WRITE_SECONDS)
@@ -5271,7 +5349,7 @@ def run_pairing_front(
     status = EXIT_BUG
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)  # the desk decides when to stop
+            signal.signal(number, lambda *_: None)  # the desk decides when to stop
         os.setsid()
         close_descriptors(
             [control.fileno(), LOG.descriptor(), *(listener.fileno() for listener in listeners)]
@@ -5558,25 +5636,23 @@ class PairingDesk:
         self._lock.release()
 
     def _take_request(self) -> None:
-        data, descriptors, _, _ = socket.recv_fds(self._control, 16, 1)
-        if not data and not descriptors:
+        channel = receive_socket(self._control)
+        if channel is None:
             raise Unavailable("the pairing port stopped working; see the log")
-        for descriptor in descriptors:
-            channel = socket.socket(fileno=descriptor)
-            try:
-                reader, deadline = Channel(channel), Deadline(2)
-                size = int.from_bytes(reader.read_exactly(4, deadline), "big")
-                values = parse_json(reader.read_exactly(min(size, MAX_PAIRING_BODY), deadline))
-                request = PairingRequest(**values)._replace(
-                    received=now(), desk=self._terms.desk, status="pending"
-                )
-                if not REQUEST_ID.fullmatch(request.reqid):
-                    raise BadRequest("reqid")
-            except (OSError, TypeError, CtrlExecError):
-                channel.close()
-                continue
-            self._channels[request.reqid] = channel
-            self._admit(request)
+        try:
+            reader, deadline = Channel(channel), Deadline(2)
+            size = int.from_bytes(reader.read_exactly(4, deadline), "big")
+            values = parse_json(reader.read_exactly(min(size, MAX_PAIRING_BODY), deadline))
+            request = PairingRequest(**values)._replace(
+                received=now(), desk=self._terms.desk, status="pending"
+            )
+            if not REQUEST_ID.fullmatch(request.reqid):
+                raise BadRequest("reqid")
+        except (OSError, TypeError, CtrlExecError):
+            channel.close()
+            return
+        self._channels[request.reqid] = channel
+        self._admit(request)
 
     def _admit(self, request: PairingRequest) -> None:
         try:
