@@ -66,7 +66,7 @@ def read_entry(control, name):
 
 
 def chosen(directory, *words, **how):
-    agents = ctrl_exec.select_agents(directory, ctrl_exec.Selection(words, **how))
+    agents, _ = ctrl_exec.select_agents(directory, ctrl_exec.Selection(words, **how))
     return [agent.name for agent in agents]
 
 
@@ -159,11 +159,12 @@ def test_a_spoiled_file_does_not_stop_a_host_that_is_named(directory):
         chosen(directory, "web-01")
 
 
-def test_everything_with_a_spoiled_file_names_the_file(directory):
+def test_everything_with_a_spoiled_file_names_the_file_and_goes_on_with_the_others(directory):
     with open(os.path.join(directory, "web-01.json"), "w", encoding="ascii") as file:
         file.write("{")
-    with pytest.raises(ctrl_exec.StorageError, match="web-01.json"):
-        chosen(directory, everything=True)
+    agents, problems = ctrl_exec.select_agents(directory, ctrl_exec.Selection((), everything=True))
+    assert [agent.name for agent in agents] == [n for n in ctrl_exec.list_agent_names(directory) if n != "web-01"]
+    assert len(problems) == 1 and "web-01.json" in problems[0]
 
 
 def test_a_name_of_253_characters_works_like_any_other(control):
@@ -390,11 +391,11 @@ def test_all_hosts_and_tags(directory):
 
 def test_a_port_goes_with_a_word_or_with_all(directory):
     words = ctrl_exec.Selection(("db-1:9000", "web-[01-02]:9001", "mail"))
-    agents = ctrl_exec.select_agents(directory, words)
+    agents, _ = ctrl_exec.select_agents(directory, words)
     assert [(agent.name, agent.port) for agent in agents] == [
         ("db-1", 9000), ("web-01", 9001), ("web-02", 9001), ("mail", 7443)
     ]  # fmt: skip
-    agents = ctrl_exec.select_agents(directory, ctrl_exec.Selection(("db-*",), port=9002))
+    agents, _ = ctrl_exec.select_agents(directory, ctrl_exec.Selection(("db-*",), port=9002))
     assert [agent.port for agent in agents] == [9002, 9002]
 
 
