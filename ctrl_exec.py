@@ -2556,9 +2556,7 @@ class ServerPolicy(NamedTuple):
     """What a server asks its owner about connections."""
 
     admit: Callable  # (address) to bool: may it connect?
-    # (address, failure, reason): nothing came of it; `silent`, `closed` by the peer during the handshake, or
-    # `tls` for a handshake that failed
-    note: Callable
+    note: Callable  # (address, failure, reason, sock): nothing came of it; `silent`, or `tls` for a handshake
 
 
 def render_refusal(error: CtrlExecError) -> dict:
@@ -2722,7 +2720,7 @@ class Server:
                 wait = IDLE_SECONDS
         except (OSError, ValueError):  # gone, or sent away: a closed TLS socket raises ValueError
             if connection.served == 0:
-                self._policy.note(connection.address, "silent", "")
+                self._policy.note(connection.address, "silent", "", connection.raw)
         finally:
             self._forget(connection)
             connection.raw.close()
@@ -2739,7 +2737,8 @@ class Server:
             closed = isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)) or "EOF" in (
                 error.reason or ""
             )
-            self._policy.note(connection.address, "closed" if closed else "tls", describe_tls_error(error))
+            failure = "silent" if closed else "tls"
+            self._policy.note(connection.address, failure, describe_tls_error(error), connection.raw)
             return False
 
     def _answer_one(self, connection: _Connection, channel: Channel, peer: Peer, wait: float) -> bool:
@@ -4376,6 +4375,22 @@ def build_rules(config: Config, host: str, owners: frozenset) -> tuple:
     return rules, warnings
 
 
+def _self_ping_path(config: Config) -> str:
+    return os.path.join(config.default_path(AGENT_VAR), "self-ping")
+
+
+def _recognise_self_ping(context: ssl.SSLContext, config: Config) -> None:
+    """Let `self-ping` be told from strangers: the server name it asks for is a secret that only we and root
+    can read. All it gains by that is not to be counted."""
+    secret = new_id(16) + ".self-ping.invalid"
+    write_atomic(_self_ping_path(config), secret.encode("ascii"), mode=0o600)
+
+    def look(tls: Any, name: Optional[str], _: ssl.SSLContext) -> None:
+        tls.is_self_ping = name is not None and is_same_secret(name, secret)
+
+    context.sni_callback = look
+
+
 def load_bundle(config_path: str, root: str, previous: Optional[Bundle]) -> Bundle:
     """Load everything anew; sockets whose address did not change are kept. Raises ConfigError, TrustError."""
     config = load_config("agent", config_path, root)
@@ -4386,6 +4401,7 @@ def load_bundle(config_path: str, root: str, previous: Optional[Bundle]) -> Bund
         hint = "pair this host first: cea request-pairing --dispatcher HOST"
         raise ConfigError("%s: no such file: this host is not paired" % identity.cert, hint)
     context = new_server_context(identity, verify_clients=True, group=AGENT_USER)
+    _recognise_self_ping(context, config)
     info = OpenSSL().read_certificate(identity.cert)
     host = info.names[0] if info.names else info.common_name
     rules, warnings = build_rules(config, host, frozenset(trusted.values()))
@@ -4481,9 +4497,9 @@ class Front:
             server.drain(DRAIN_SECONDS)
         return 0
 
-    def _note(self, address: str, failure: str, reason: str) -> None:
-        if failure == "closed" and address in ("127.0.0.1", "::1"):
-            return  # what `self-ping` looks like, which must not lock itself out
+    def _note(self, address: str, failure: str, reason: str, sock: Any) -> None:
+        if getattr(sock, "is_self_ping", False):
+            return  # it must not lock itself out
         if failure == "tls":
             LOG.event("tls-failure", PEER=address, REASON=reason)
             self._gate.count(address, "probe")
@@ -4713,7 +4729,11 @@ def ping_self(config: Config) -> CertInfo:
     info = OpenSSL().read_certificate(config.cert)
     context = new_probe_context(config.ca)
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-    tls = context.wrap_bio(incoming, outgoing)
+    try:
+        name: Optional[str] = read_text(_self_ping_path(config))
+    except (FileNotFoundError, StorageError):  # then this counts as a stranger's connection
+        name = None
+    tls = context.wrap_bio(incoming, outgoing, server_hostname=name)
     address = config.bind[0] if config.bind else "127.0.0.1"
     try:
         with socket.create_connection((address, config.port), timeout=HANDSHAKE_SECONDS) as sock:
