@@ -6048,13 +6048,19 @@ def fan_out(agents: list, work: Callable, parallel: int) -> Iterator[HostResult]
                 agent = next(waiting, None)
             if agent is None:
                 return
-            results.put(work(agent))
+            try:
+                results.put(work(agent))
+            except BaseException as error:  # for the caller: a result that never comes would hold him for ever
+                results.put(error)
 
     try:
         for _ in range(min(parallel, len(agents))):
             threading.Thread(target=labour, daemon=True).start()
         for _ in agents:
-            yield results.get()
+            result = results.get()
+            if isinstance(result, BaseException):
+                raise result
+            yield result
     finally:
         stopped.set()
 
@@ -6711,7 +6717,7 @@ class _PairingPrompt:
         elif hit and number in self._shown:
             self._decide(hit[1], self._shown[number])
         elif hit:
-            say("   %d does not wait any more" % number)
+            say("   %d does not wait" % number)
         elif line:
             say("   a, d, s (with a number when several wait), list, quit")
         return ""
@@ -7600,9 +7606,21 @@ def _say_how_to_go_on(demo: _Demo) -> None:
     say("  kill %s; rm -r %s" % (" ".join(str(process.pid) for process in demo.running), demo.top))
 
 
+def _remove_for_good(top: str) -> None:
+    """Remove the demo's directory. An agent that still waited for its pairing notes how that ended, and puts a
+    file back: gone is what stays gone."""
+    import shutil
+
+    deadline = Deadline(10)
+    times_gone = 0
+    while times_gone < 4 and not deadline.is_over():
+        times_gone = 0 if os.path.exists(top) else times_gone + 1
+        shutil.rmtree(top, ignore_errors=True)
+        time.sleep(0.05)
+
+
 def run_demo(keep: bool) -> int:
     """Set up, show, clean up: as whoever calls it, on loopback, below one temporary directory."""
-    import shutil
     import tempfile
 
     top = os.path.realpath(tempfile.mkdtemp(prefix="ctrl-exec-demo-"))
@@ -7628,7 +7646,7 @@ def run_demo(keep: bool) -> int:
             _say_how_to_go_on(demo)
         else:
             demo.stop()
-            shutil.rmtree(top, ignore_errors=True)
+            _remove_for_good(top)
             say("\nStopped, and %s removed. `--keep` leaves it running." % top)
     return 0
 

@@ -64,7 +64,7 @@ class Desk:
         self.process.stdin.flush()
 
     def waiting(self):
-        return ctrl_exec.load_pairing_requests(self.config)
+        return ctrl_exec.load_pairing_requests(self.config)[0]
 
     def request(self, hostname):
         """The request of that name, once it is in the queue."""
@@ -103,17 +103,16 @@ class Attempt(threading.Thread):
         words.update(allow_legacy=False, ca_fingerprint="", replace_ca=False)
         words.update(wish)
         wished = ctrl_exec.PairingWish("127.0.0.1", port, **words)
-        self.session = ctrl_exec.PairingSession(host.config, wished, OPENSSL)
+        self.session = ctrl_exec.PairingSession(host.config, wished, OPENSSL, seconds)
         self.code = self.session.code
         self.reqid = self.session.reqid
-        self._seconds = seconds
         self._decision = None
         self.error = None
         self.start()
 
     def run(self):
         try:
-            self._decision = self.session.wait(self._seconds)
+            self._decision = self.session.wait()
         except Exception as error:
             self.error = error
 
@@ -358,9 +357,12 @@ def test_one_request_is_skipped_listed_and_approved_at_the_prompt(new_desk, tmp_
     desk.screen.wait_for("nothing waits")
     agent = start_request(host, desk.port)
     code = shown_code(agent)
-    desk.screen.wait_for(r"request  \S+  web-1  from 127\.0\.0\.1  code %s %s" % (code[:3], code[3:]))
+    desk.screen.wait_for(r"1  \S+  web-1  from 127\.0\.0\.1  code %s %s" % (code[:3], code[3:]))
     desk.screen.wait_for(r"\[a\]pprove, \[d\]eny, \[s\]kip")
-    for word in ("what?", "a7", "a0", "\x1b[A", "approve it"):
+    for word in ("a7", "a0", "d2"):
+        desk.type(word)
+        desk.screen.wait_for("%s does not wait" % word[1:])
+    for word in ("what?", "\x1b[A", "approve it"):
         start = len(desk.screen.text)
         desk.type(word)
         desk.screen.wait_for("a, d, s .with a number", start)
@@ -420,7 +422,7 @@ def test_of_two_requests_each_gets_its_own_answer(new_desk, tmp_path):
     desk.request("one")
     second = Attempt(two, desk.port)
     desk.request("two")
-    desk.screen.wait_for(r"a1, d2, ")
+    desk.screen.wait_for(r"a1 ... d2")
     desk.type("a")
     desk.screen.wait_for("which\\?")
     assert len(desk.waiting()) == 2
@@ -473,7 +475,7 @@ def test_a_spoiled_file_in_the_queue_is_named_and_does_not_end_pairing_mode(new_
     attempt = Attempt(new_host(tmp_path, "fine"), desk.port)
     support.wait_until(lambda: desk.control.run("list-requests").out.count("fine"), what="the request")
     assert "0badc0de.json" in desk.control.run("list-requests").err
-    desk.screen.wait_for("request .* fine ")
+    desk.screen.wait_for(r"1  \S+  fine ")
     desk.type("a")
     assert attempt.store().names == ("fine",)
     assert desk.process.poll() is None

@@ -151,7 +151,7 @@ def test_every_host_of_a_mixed_run_ends_in_its_own_state_once(deployment, tmp_pa
 
 def test_real_agents_give_ok_failed_and_refused(deployment, tmp_path):
     dispatcher = ctrl_exec.Dispatcher(settings(deployment.control, tmp_path))
-    agents = dispatcher.select(ctrl_exec.Selection(("alpha", "beta")))
+    agents, _ = dispatcher.select(ctrl_exec.Selection(("alpha", "beta")))
     for request, state in (
         (wanted("exit", "0"), "ok"),
         (wanted("exit", "7"), "failed"),
@@ -174,7 +174,7 @@ def test_a_script_that_another_control_host_started_is_busy(fresh, tmp_path):
         (tmp_path / name).mkdir()
     first = ctrl_exec.Dispatcher(settings(control, tmp_path / "one"))
     second = ctrl_exec.Dispatcher(settings(control, tmp_path / "two"))
-    agents = first.select(ctrl_exec.Selection(("solo",)))
+    agents, _ = first.select(ctrl_exec.Selection(("solo",)))
     request, results = wanted("wait"), []
     thread = threading.Thread(target=lambda: results.extend(first.run(agents, request)))
     thread.start()
@@ -220,7 +220,7 @@ def test_two_hundred_entries_on_one_agent_are_two_hundred_results(deployment, tm
         (registry / (agent.name + ".json")).write_text(json.dumps(values))
     config = settings(deployment.control, tmp_path, registry_dir=registry)
     dispatcher = ctrl_exec.Dispatcher(config)
-    agents = dispatcher.select(ctrl_exec.Selection((), everything=True))
+    agents, _ = dispatcher.select(ctrl_exec.Selection((), everything=True))
     results = list(dispatcher.ping(agents, ctrl_exec.new_id()))
     assert sorted(result.host for result in results) == ["host-%03d" % number for number in range(200)]
     counts = {state: sum(result.state == state for result in results) for state in ctrl_exec.STATES}
@@ -230,7 +230,7 @@ def test_two_hundred_entries_on_one_agent_are_two_hundred_results(deployment, tm
 
 def test_name_with_a_port_reaches_that_port_under_the_registered_identity(deployment, tmp_path):
     dispatcher = ctrl_exec.Dispatcher(settings(deployment.control, tmp_path))
-    agents = dispatcher.select(ctrl_exec.Selection(("alpha:%d" % deployment["beta"].port,)))
+    agents, _ = dispatcher.select(ctrl_exec.Selection(("alpha:%d" % deployment["beta"].port,)))
     (result,) = dispatcher.ping(agents, ctrl_exec.new_id())
     assert result.state == "unreachable"
     assert "wrong identity" in result.error
