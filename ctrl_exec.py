@@ -6050,8 +6050,8 @@ def fan_out(agents: list, work: Callable, parallel: int) -> Iterator[HostResult]
                 return
             try:
                 results.put(work(agent))
-            except BaseException as error:  # for the caller: a result that never comes would hold him for ever
-                results.put(error)
+            except BaseException as error:
+                results.put(error)  # for the caller, whom a result that never comes would hold for ever
 
     try:
         for _ in range(min(parallel, len(agents))):
@@ -7607,8 +7607,8 @@ def _say_how_to_go_on(demo: _Demo) -> None:
 
 
 def _remove_for_good(top: str) -> None:
-    """Remove the demo's directory. An agent that still waited for its pairing notes how that ended, and puts a
-    file back: gone is what stays gone."""
+    """Remove the demo's directory. An agent that still waited for its pairing notes how that ended, and so
+    puts a file back: gone is what stays gone."""
     import shutil
 
     deadline = Deadline(10)
