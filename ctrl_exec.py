@@ -89,6 +89,7 @@ MAX_CSR = 10 * 1024  # bytes of PEM; RSA-4096 with long names needs 2 KiB
 MAX_ANSWER = 160 * 1024 * 1024  # two streams of 10 MiB of the worst case: 6 bytes of JSON for one, + base64
 MAX_STATE_FILE = 1024 * 1024  # any one of our own JSON files
 MAX_SIDECAR = 64 * 1024
+MAX_SUPERVISORS = 512  # runs at once on one agent; a front that runs wild costs this many processes, no more
 MAX_NAME = 253  # a host name (RFC 1035 section 2.3.4 less the root)
 MAX_SCRIPT_NAME = 128  # a script name becomes part of file names, which end at 255 bytes
 
@@ -626,6 +627,44 @@ def encode_state(value: dict) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode("ascii")
 
 
+def _check_part(part: str) -> int:
+    """Check one component of a path; returns its mode."""
+    status = os.lstat(part)
+    mode = stat.S_IMODE(status.st_mode)
+    if status.st_uid not in (0, os.geteuid()):
+        raise ScriptRefused("%s belongs to user %d, not to root or the agent's user" % (part, status.st_uid))
+    sticky = stat.S_ISDIR(status.st_mode) and mode & stat.S_ISVTX
+    if stat.S_ISLNK(status.st_mode):
+        mode = 0  # a symlink's own mode means nothing
+    if mode & 0o002 and not sticky:
+        raise ScriptRefused("%s is writable by everybody (mode %04o)" % (part, mode), "chmod o-w " + part)
+    if mode & 0o020 and status.st_gid != 0 and not sticky:
+        raise ScriptRefused("%s is writable by its group (mode %04o)" % (part, mode), "chmod g-w " + part)
+    return status.st_mode
+
+
+def check_modes(path: str) -> None:
+    """Raise ScriptRefused when somebody other than root or we could change the file or its way there.
+
+    Every component is looked at, and where one is a symlink, every component of where it leads as well.
+    A directory with the sticky bit (such as /tmp) may be writable by all: nobody can rename or remove
+    what is not his in it, and what is in it is checked in its turn.
+    """
+    part, rest, hops = "/", [name for name in path.split("/") if name], 0
+    _check_part(part)
+    while rest:
+        name = rest.pop(0)
+        part = os.path.dirname(part) if name == ".." else os.path.join(part, name)
+        if name in (".", "..") or not stat.S_ISLNK(_check_part(part)):
+            continue
+        hops += 1
+        if hops > 40:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        target = os.readlink(part)
+        rest[:0] = [name for name in target.split("/") if name]
+        part = "/" if target.startswith("/") else os.path.dirname(part)
+
+
 class FileLock:
     """An exclusive flock(2) on a file of its own. The kernel frees it when its holder dies.
 
@@ -698,15 +737,20 @@ class FileLock:
         self.release()
 
 
-def receive_socket(control: socket.socket) -> Optional[socket.socket]:
-    """The socket that another process of ours passes over `control`, or None at the end. Raises OSError."""
-    data, descriptors, _, _ = socket.recv_fds(control, 16, 1)
+def receive_socket(control: socket.socket) -> tuple:
+    """What another process of ours passes over `control`: (word, socket or None); no word is the end.
+
+    Raises OSError.
+    """
+    word, descriptors, _, _ = socket.recv_fds(control, 16, 1)
     for descriptor in descriptors:
         os.set_inheritable(descriptor, False)  # recv_fds leaves it open across exec
-        return socket.socket(fileno=descriptor)
-    if data:
-        raise OSError(errno.EBADMSG, "a message without a socket")
-    return None
+        try:
+            return word, socket.socket(fileno=descriptor)
+        except OSError:  # the other process is the one that strangers talk to: it may pass anything
+            os.close(descriptor)
+            raise
+    return word, None
 
 
 def close_descriptors(keep: Iterable) -> None:
@@ -2142,15 +2186,24 @@ class Channel:
 
 # --- JSON -----------------------------------------------------------------------------------------------
 
-_JSON_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
-
 
 def check_json_depth(data: bytes) -> None:
-    """Raise BadRequest when brackets nest too deep: before the parser, whose own limit is its C stack."""
-    if data.count(b"[") + data.count(b"{") <= MAX_JSON_DEPTH:
+    """Raise BadRequest when brackets nest too deep, or there is more structure than any message of ours has:
+    before the parser, whose limit is its C stack, and which makes an object of every value.
+
+    In steps that are linear in time and copy the data a few times at most: escapes go, so that every quote
+    that is left begins or ends a string; every second piece between quotes is then outside of strings.
+    """
+    if data.count(b"[") + data.count(b"{") <= MAX_JSON_DEPTH and data.count(b'"') <= MAX_BODY:
         return
+    pieces = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    if pieces.count(b'"') > MAX_BODY:
+        raise BadRequest("the JSON has more than %d strings" % (MAX_BODY // 2))
+    structure = b"".join(pieces.split(b'"')[0::2])
+    if len(structure) > 4 * MAX_BODY:
+        raise BadRequest("the JSON has more than %d bytes outside of strings" % (4 * MAX_BODY))
     depth = 0
-    for byte in re.findall(rb"[][{}]", _JSON_STRING.sub(b"", data)):
+    for byte in re.findall(rb"[][{}]", structure):
         depth += 1 if byte in (b"[", b"{") else -1
         if depth > MAX_JSON_DEPTH:
             raise BadRequest("the JSON is nested deeper than %d levels" % MAX_JSON_DEPTH)
@@ -2169,6 +2222,13 @@ def _refuse_constant(name: str) -> None:
     raise BadRequest("%s is not JSON" % name)
 
 
+def _short_number(text: str) -> int:
+    """A whole number; reading a very long one takes time that grows with its square."""
+    if len(text) > 40:
+        raise BadRequest("a number with %d digits" % len(text))
+    return int(text)
+
+
 def _finite(text: str) -> float:
     """A number that stays one: 1e999 would be written again as Infinity."""
     value = float(text)
@@ -2183,7 +2243,11 @@ def parse_json(data: bytes) -> dict:
     try:
         text = data.decode("utf-8")
         value = json.loads(
-            text, object_pairs_hook=_unique_fields, parse_constant=_refuse_constant, parse_float=_finite
+            text,
+            object_pairs_hook=_unique_fields,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            parse_int=_short_number,
         )
     except (ValueError, RecursionError):
         raise BadRequest("the body is not JSON") from None
@@ -2617,20 +2681,20 @@ class Server:
 
     # --- accepting ---------------------------------------------------------------------------------------
 
-    def serve(self, stop: int, tick: Callable = lambda: None) -> None:
-        """Accept until descriptor `stop` becomes readable; `tick` is called between, at least each second."""
+    def serve(self, stop: int) -> None:
+        """Accept until descriptor `stop` becomes readable, or a listening socket has come to its end."""
         threading.stack_size(512 * 1024)  # 256 threads with the default of 8 MiB frighten some limits
         poller = select.poll()
-        for descriptor in [stop] + [listener.fileno() for listener in self._listeners]:
+        by_descriptor = {listener.fileno(): listener for listener in self._listeners}
+        for descriptor in (stop, *by_descriptor):
             poller.register(descriptor, select.POLLIN)
-        while True:
-            ready = [descriptor for descriptor, _ in poller.poll(1000)]
-            if stop in ready:
-                break
-            for listener in self._listeners:
-                if listener.fileno() in ready:
-                    self._accept_one(listener)
-            tick()
+        serving = True
+        while serving:
+            for descriptor, event in poller.poll():
+                if descriptor == stop or event & (select.POLLHUP | select.POLLERR):
+                    serving = False
+                else:
+                    self._accept_one(by_descriptor[descriptor])
         for listener in self._listeners:
             listener.close()
 
@@ -2678,12 +2742,14 @@ class Server:
     def _refuse_without_descriptor(self, listener: socket.socket) -> None:
         """Out of descriptors, accept() would fail at once and for ever, at full speed: give the kernel's
         queue one connection's worth of air with a descriptor kept for this, and pause."""
-        os.close(self._spare)
         try:
-            listener.accept()[0].close()
-        except OSError:
+            if self._spare >= 0:
+                os.close(self._spare)
+                self._spare = -1
+                listener.accept()[0].close()
+            self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:  # another thread was faster; there will be a spare one the next time
             pass
-        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         LOG.event("deny", REASON="out of file descriptors")
         time.sleep(0.1)
 
@@ -2876,7 +2942,13 @@ class Connection:
             raise TransportError("the certificate of %s (serial %s) is revoked" % (name, cert.serial))
 
     def request(
-        self, method: str, path: str, body: Optional[dict], deadline: Deadline, keep: bool = False
+        self,
+        method: str,
+        path: str,
+        body: Optional[dict],
+        deadline: Deadline,
+        keep: bool = False,
+        limit: int = 16 * MAX_BODY,
     ) -> tuple:
         """Send a request and read its answer whole: (status, object).
 
@@ -2888,7 +2960,7 @@ class Connection:
             self._send(encode_request(method, path, self._name.split()[0], body, keep), deadline)
             sent = True
             answer = read_answer(self._channel, deadline)
-            data = b"".join(read_body(self._channel, answer, deadline))
+            data = b"".join(read_body(self._channel, answer, deadline, limit))
             return answer.status, parse_json(data)  # with the same distrust as a request
         except socket.timeout:
             raise TransportError("read timeout after %gs" % deadline.seconds, state="timeout") from None
@@ -2962,7 +3034,8 @@ def call_agent(
     """One request to one agent, which must be the one registered: (status, object). Raises TransportError."""
     with Connection(target.address, target.port, context, connect_seconds) as connection:
         connection.check_identity(target.cert_name, revoked)
-        return connection.request(method, path, body, Deadline(read_seconds))
+        limit = MAX_ANSWER if path == "/run" else 16 * MAX_BODY  # capabilities carry sidecars of 64 KiB
+        return connection.request(method, path, body, Deadline(read_seconds), limit=limit)
 
 
 # ======================================================================================================
@@ -3006,12 +3079,13 @@ _HOOK_ANSWERS = {1: "denied", 2: "bad credentials", 3: "insufficient privilege"}
 
 
 def _check_hook(path: str) -> None:
-    """Raise ValueError for a hook that somebody else could have written."""
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
+    """Raise ValueError for a hook that somebody else could have written, or could replace."""
+    try:
+        check_modes(path)
+    except ScriptRefused as error:
+        raise ValueError(error.message) from error
+    if not os.path.isfile(path):
         raise ValueError("not a regular file")
-    if status.st_mode & 0o002 or status.st_uid not in (0, os.geteuid()):
-        raise ValueError("others than root can change it (mode %04o)" % stat.S_IMODE(status.st_mode))
 
 
 class Hook(NamedTuple):
@@ -3086,7 +3160,8 @@ def _rate_key(address: str) -> str:
 class AddressGate:
     """Which addresses may connect now. Strangers are counted when their connection has come to nothing;
     an address that a trusted dispatcher has used is never blocked, so that no neighbour on the control host
-    can lock it out. The table is bounded and forgets the oldest; a reload starts a new one."""
+    can lock it out once it has been seen. Tables are bounded and forget the oldest; a reload starts new ones,
+    without blocks."""
 
     def __init__(self, allowed: tuple, volume: Rate, probe: Rate, disabled: bool, bound: int = 4096) -> None:
         self._allowed = allowed
@@ -3203,10 +3278,13 @@ _SCRIPT_OPTIONS = {"profile": str, "timeout": parse_count, "max_running": parse_
 def load_sidecar(path: str) -> tuple:
     """A script's sidecar and its version, or (None, ""). Raises ValueError when it cannot be used."""
     try:
+        check_modes(path + ".schema.json")  # or others could point us at a file that only we can read
         data = read_file(path + ".schema.json", MAX_SIDECAR)
     except FileNotFoundError:
         return None, ""
-    except StorageError as error:
+    except OSError as error:
+        raise ValueError(error.strerror) from error
+    except (ScriptRefused, StorageError) as error:
         raise ValueError(error.message) from error
     try:
         schema = parse_json(data)
@@ -3284,44 +3362,6 @@ def load_allowlist(path: str, profiles: dict) -> tuple:
 
 
 # --- is this the file that was meant? -------------------------------------------------------------------
-
-
-def _check_part(part: str) -> int:
-    """Check one component of a path; returns its mode."""
-    status = os.lstat(part)
-    mode = stat.S_IMODE(status.st_mode)
-    if status.st_uid not in (0, os.geteuid()):
-        raise ScriptRefused("%s belongs to user %d, not to root or the agent's user" % (part, status.st_uid))
-    sticky = stat.S_ISDIR(status.st_mode) and mode & stat.S_ISVTX
-    if stat.S_ISLNK(status.st_mode):
-        mode = 0  # a symlink's own mode means nothing
-    if mode & 0o002 and not sticky:
-        raise ScriptRefused("%s is writable by everybody (mode %04o)" % (part, mode), "chmod o-w " + part)
-    if mode & 0o020 and status.st_gid != 0 and not sticky:
-        raise ScriptRefused("%s is writable by its group (mode %04o)" % (part, mode), "chmod g-w " + part)
-    return status.st_mode
-
-
-def check_modes(path: str) -> None:
-    """Raise ScriptRefused when somebody other than root or we could change the file or its way there.
-
-    Every component is looked at, and where one is a symlink, every component of where it leads as well.
-    A directory with the sticky bit (such as /tmp) may be writable by all: nobody can rename or remove
-    what is not his in it, and what is in it is checked in its turn.
-    """
-    part, rest, hops = "/", [name for name in path.split("/") if name], 0
-    _check_part(part)
-    while rest:
-        name = rest.pop(0)
-        part = os.path.dirname(part) if name == ".." else os.path.join(part, name)
-        if name in (".", "..") or not stat.S_ISLNK(_check_part(part)):
-            continue
-        hops += 1
-        if hops > 40:
-            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-        target = os.readlink(part)
-        rest[:0] = [name for name in target.split("/") if name]
-        part = "/" if target.startswith("/") else os.path.dirname(part)
 
 
 def _is_below(path: str, directory: str) -> bool:
@@ -3456,6 +3496,9 @@ class RunRecord(NamedTuple):
 
 
 def _record_path(rules: JobRules, owner: str, reqid: str, suffix: str) -> str:
+    """A file of one run. The last gate before names become paths: raises BadRequest for what is no name."""
+    if not HOST_NAME.fullmatch(owner) or not REQUEST_ID.fullmatch(reqid):
+        raise BadRequest("not a run's name")
     return os.path.join(rules.runs_dir, owner, reqid + suffix)
 
 
@@ -3466,16 +3509,18 @@ def write_record(rules: JobRules, record: RunRecord, new: bool) -> None:
 
 
 def find_record(rules: JobRules, owner: str, reqid: str) -> Optional[RunRecord]:
-    """The record of a run, or None. Raises StorageError for one that cannot be read."""
+    """The record of a run, or None. Raises StorageError for one that cannot be read or is another's."""
     path = _record_path(rules, owner, reqid, ".json")
     try:
         values = read_json_file(path)
+        record = RunRecord(**{key: values[key] for key in RunRecord._fields if key in values})
     except FileNotFoundError:
         return None
-    try:
-        return RunRecord(**{key: values[key] for key in RunRecord._fields if key in values})
     except TypeError as error:
         raise StorageError("%s: fields are missing" % path) from error
+    if (record.owner, record.reqid) != (owner, reqid):
+        raise StorageError("%s: not the record of this run" % path)
+    return record
 
 
 def _is_held(path: str) -> bool:
@@ -3896,7 +3941,7 @@ def _finish_record(record: RunRecord, watch: _Watch, spools: tuple) -> RunRecord
 def _permit(rules: JobRules, request: JobRequest) -> tuple:
     """What the request may start: (script, account, real path). Raises ScriptRefused."""
     script = rules.scripts.get(request.script)
-    if script is None or request.owner not in rules.owners:
+    if script is None:
         raise ScriptRefused("script not permitted")
     return script, check_profile(script.profile), check_script(script, rules.script_dirs, rules.strict_modes)
 
@@ -3954,6 +3999,8 @@ def run_job(rules: JobRules, request: JobRequest) -> tuple:
     A request id runs once: the second request with it gets the first one's record. Raises ScriptRefused,
     Busy, Unavailable, StorageError.
     """
+    if request.owner not in rules.owners:
+        raise ScriptRefused("script not permitted")
     earlier = find_record(rules, request.owner, request.reqid)
     if earlier is not None:
         return earlier, False
@@ -4010,13 +4057,13 @@ def send_job(channel: socket.socket, request: JobRequest) -> None:
 
 _JOB_FIELDS = (
     Field("operation", str, True, 16),
-    Field("reqid", str),
-    Field("owner", str),
-    Field("peer_ip", str),
-    Field("script", str),
-    Field("args", list),
-    Field("username", str),
-    Field("token", str),
+    Field("reqid", str, most=64),
+    Field("owner", str, most=MAX_NAME),
+    Field("peer_ip", str, most=64),
+    Field("script", str, most=MAX_SCRIPT_NAME),
+    Field("args", list, most=10000),
+    Field("username", str, most=256),
+    Field("token", str, most=8192),
     Field("timeout", int, most=10**9),
 )
 
@@ -4028,6 +4075,8 @@ def _receive_job(channel: socket.socket) -> JobRequest:
     if size > 8 * MAX_BODY:  # JSON text of 1 MiB can be longer when written again
         raise TooLarge("a job request of %d bytes" % size)
     values = parse_fields(reader.read_exactly(size, deadline), _JOB_FIELDS)
+    if values["operation"] not in ("run", "inspect"):
+        raise BadRequest("field `operation` is malformed", "operation")
     if values["operation"] == "run":
         for field, pattern in (("reqid", REQUEST_ID), ("owner", HOST_NAME), ("script", SCRIPT_NAME)):
             if not pattern.fullmatch(values[field]):
@@ -4104,6 +4153,7 @@ class _Front:
         self.control: Optional[socket.socket] = control
         self.started = time.monotonic()
         self.draining = False
+        self.accepts = True  # until it says that it has closed its listening sockets
 
     def tell(self, word: bytes) -> None:
         self.draining = True
@@ -4134,6 +4184,7 @@ class Executor:
         self._run_front = run_front
         self._bundle: Any = None
         self._fronts: dict = {}  # pid to _Front
+        self._supervisors: set = set()  # pids
         self._restart_at = 0.0  # monotonic; when a dead front is replaced
         self._pause = 0.0
         self._wake, self._signaled = socket.socketpair()
@@ -4188,9 +4239,9 @@ class Executor:
             pass
 
     def _start_front(self) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._restart_at = 0.0
         try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             pid = os.fork()
         except OSError as error:
             LOG.event("bug", MESSAGE="cannot fork a front: %s" % error.strerror)
@@ -4219,14 +4270,20 @@ class Executor:
     def _take_job(self, front: _Front) -> None:
         """A front passes one end of a socketpair: fork the supervisor that will read from it."""
         try:
-            channel = receive_socket(front.control)
+            word, channel = receive_socket(front.control)
         except OSError as error:  # no descriptor left for it, for instance; its front sees the end
             LOG.event("bug", MESSAGE="a request was lost: %s" % error.strerror)
             return
+        if word in (b"", b"closed"):
+            front.accepts = False
+            if not word:
+                front.hang_up()
         if channel is None:
-            front.hang_up()
             return
+        channel.settimeout(0)  # nothing that a front does may hold us
         try:
+            if len(self._supervisors) >= MAX_SUPERVISORS:
+                raise OSError(errno.EAGAIN, "%d are running" % MAX_SUPERVISORS)
             self._fork_supervisor(channel)
         except OSError as error:
             reason = {"event": "refused", "code": "unavailable", "status": 503}
@@ -4235,7 +4292,9 @@ class Executor:
         channel.close()
 
     def _fork_supervisor(self, channel: socket.socket) -> None:
-        if os.fork():
+        pid = os.fork()
+        if pid:
+            self._supervisors.add(pid)
             return
         try:
             _reset_signals()
@@ -4256,10 +4315,12 @@ class Executor:
                 return
             if pid == 0:
                 return
+            self._supervisors.discard(pid)
             front = self._fronts.pop(pid, None)
             if front is None:
                 continue
             front.hang_up()
+            front.accepts = False
             if not front.draining and signal.SIGTERM not in self._pending:
                 lived = time.monotonic() - front.started
                 self._pause = 0.0 if lived > 60 else self._pause
@@ -4282,9 +4343,17 @@ class Executor:
         earlier = list(self._fronts.values())
         kept = set(bundle.listeners)
         previous, self._bundle = self._bundle, bundle
-        self._start_front()
+        # First the old one stops accepting, then the new one begins: whoever connects after the event below is
+        # served from the new bundle, and whoever connects in between waits in the kernel's queue.
         for front in earlier:
             front.tell(b"drain")
+        deadline = Deadline(2)
+        while any(front.accepts for front in earlier) and not deadline.is_over():
+            for front in earlier:
+                if front.control and select.select([front.control], [], [], 0.01)[0]:
+                    self._take_job(front)
+            self._reap()
+        self._start_front()
         for listener in previous.listeners:
             if listener not in kept:
                 listener.close()
@@ -4491,6 +4560,8 @@ class Front:
         )
         server.serve(self._control.fileno())
         word = self._control.recv(16)
+        if word:
+            self._control.send(b"closed")
         if word == b"drain":  # a reload: no hurry, and a connection that has just come is served as promised
             server.drain(10**9, grace=HANDSHAKE_SECONDS)
         else:
@@ -4621,12 +4692,8 @@ class Front:
         try:
             event = json.loads(reader.read_until(b"\n", 65536, Deadline(WRITE_SECONDS)))
         except (OSError, ValueError):
-            event = {
-                "event": "refused",
-                "code": "unavailable",
-                "status": 503,
-                "error": "the run could not be started",
-            }
+            reason = "the run's process ended without an answer; it may have run"
+            event = {"event": "refused", "code": "unknown", "status": 500, "error": reason}
         return event, _relay(ours, reader)
 
 
@@ -4635,7 +4702,11 @@ def serve_agent(config_path: str, root: str) -> int:
     config = load_config("agent", config_path, root)
     state = config.default_path(AGENT_VAR)
     make_directory(state, 0o755)
-    lock = FileLock(os.path.join(state, "agent.lock"), mode=0o644)
+    lock = FileLock(os.path.join(state, "agent.lock"), mode=0o600)
+    try:
+        os.chmod(lock.path, 0o600)  # who can open it can hold it: an older one may be open to all
+    except FileNotFoundError:
+        pass
     if not lock.acquire():
         raise ConfigError("an agent serves from %s already" % state, "give this one a --root of its own")
     lock.write("%d\n" % os.getpid())
@@ -5273,6 +5344,8 @@ class PairingFront:
 
     def _offer(self, peer: Peer, request: Request) -> Response:
         self._gate.count(peer.address, "volume")
+        if not self._gate.admit(peer.address):  # the limit holds within a connection as well
+            raise Unavailable("too many pairing requests from this address; try again later")
         fields = parse_fields(request.body, _OFFER_FIELDS)
         commit = fields.pop("commit")
         legacy = not commit
@@ -5448,6 +5521,13 @@ def _request_path(directory: str, reqid: str) -> str:
     return os.path.join(directory, reqid + ".json")
 
 
+def _remove_request(directory: str, reqid: str) -> None:
+    try:
+        os.unlink(_request_path(directory, reqid))
+    except FileNotFoundError:  # another control host, or another terminal, was first
+        pass
+
+
 def _desk_path(directory: str, desk: str) -> str:
     return os.path.join(directory, desk + ".desk")
 
@@ -5456,15 +5536,53 @@ def write_pairing_request(directory: str, request: PairingRequest) -> None:
     write_atomic(_request_path(directory, request.reqid), encode_state(request._asdict()), mode=0o640)
 
 
+def parse_pairing_request(values: dict) -> PairingRequest:
+    """A request from the front or from the queue. Both are written by less privileged hands than ours, so
+    every field is checked for its type and its form. Raises BadRequest."""
+    try:
+        request = PairingRequest(**values)
+    except TypeError:
+        raise BadRequest("not a pairing request") from None
+    for name, kind in PairingRequest.__annotations__.items():
+        value = getattr(request, name)
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise BadRequest("field `%s` has the wrong type" % name, name)
+    _check_offer(request._asdict(), "")
+    nonce = r"[0-9a-f]{%d}" % (2 * NONCE_BYTES)
+    forms = (
+        ("reqid", REQUEST_ID.pattern),
+        ("desk", r"[0-9a-f]{16}|"),
+        ("agent_nonce", "" if request.legacy else nonce),
+        ("dispatcher_nonce", nonce),
+        ("peer", r"[0-9A-Fa-f.:%a-z]{2,64}"),
+        ("token_id", r"[0-9a-f]{8}|"),
+        ("token_proof", r"[0-9a-f]{64}|"),
+        ("status", "pending|approved|denied"),
+    )
+    for name, form in forms:
+        if not re.fullmatch(form, getattr(request, name)):
+            raise BadRequest("field `%s` is malformed" % name, name)
+    if not 0 <= request.port <= 65535:
+        raise BadRequest("field `port` is malformed", "port")
+    try:
+        decode_pem(request.csr, "CERTIFICATE REQUEST")
+    except ValueError as error:
+        raise BadRequest("field `csr`: %s" % error, "csr") from None
+    return request
+
+
 def find_pairing_request(directory: str, reqid: str) -> Optional[PairingRequest]:
     """A request in the queue, or None. Raises StorageError for a file that cannot be used."""
     path = _request_path(directory, reqid)
     try:
-        return PairingRequest(**read_json_file(path))
+        request = parse_pairing_request(read_json_file(path))
     except FileNotFoundError:
         return None
-    except TypeError as error:
-        raise StorageError("%s: not a pairing request" % path) from error
+    except BadRequest as error:
+        raise StorageError("%s: %s" % (path, error.message)) from error
+    if request.reqid != reqid:
+        raise StorageError("%s: it says that it is request %s" % (path, request.reqid))
+    return request
 
 
 def _is_desk_open(directory: str, desk: str) -> bool:
@@ -5506,7 +5624,7 @@ def load_pairing_requests(config: Config) -> tuple:
         if now() - request.received > config.pairing_timeout or not _is_desk_open(
             config.pairing_dir, request.desk
         ):
-            os.unlink(_request_path(config.pairing_dir, request.reqid))
+            _remove_request(config.pairing_dir, request.reqid)
         else:
             waiting.append(request)
     return sorted(waiting, key=lambda request: request.received), problems
@@ -5656,19 +5774,27 @@ class PairingDesk:
         self._lock.release()
 
     def _take_request(self) -> None:
-        channel = receive_socket(self._control)
-        if channel is None:
+        """Take one request from the front. What is not one is dropped: its agent sees the end."""
+        try:
+            word, channel = receive_socket(self._control)
+        except OSError as error:
+            LOG.event("pair-reject", REASON="from the front: %s" % error.strerror)
+            return
+        if not word:
             raise Unavailable("the pairing port stopped working; see the log")
+        if channel is None:
+            return
         try:
             reader, deadline = Channel(channel), Deadline(2)
             size = int.from_bytes(reader.read_exactly(4, deadline), "big")
             values = parse_json(reader.read_exactly(min(size, MAX_PAIRING_BODY), deadline))
-            request = PairingRequest(**values)._replace(
-                received=now(), desk=self._terms.desk, status="pending"
+            request = parse_pairing_request(
+                dict(values, received=now(), desk=self._terms.desk, status="pending")
             )
-            if not REQUEST_ID.fullmatch(request.reqid):
-                raise BadRequest("reqid")
-        except (OSError, TypeError, CtrlExecError):
+            if request.legacy and not self._terms.allow_legacy:
+                raise BadRequest("a request without commitment", "legacy")
+        except (OSError, CtrlExecError) as error:
+            LOG.event("pair-reject", REASON="from the front: %s" % error)
             channel.close()
             return
         self._channels[request.reqid] = channel
@@ -5742,10 +5868,7 @@ class PairingDesk:
         self._channels.pop(reqid).close()
 
     def _remove(self, reqid: str) -> None:
-        try:
-            os.unlink(_request_path(self._config.pairing_dir, reqid))
-        except FileNotFoundError:
-            pass
+        _remove_request(self._config.pairing_dir, reqid)
 
 
 def open_desk(config: Config, allow_legacy: bool) -> tuple:
@@ -6091,6 +6214,8 @@ def _judge_run(status: int, answer: dict) -> tuple:
     error = answer.get("error", "")
     if status == 409:
         return "busy", str(error or "busy")
+    if status == 500 and answer.get("status") == "unknown":
+        return "unknown", str(error)
     if status != 200:
         return ("refused" if status < 500 else "failed"), str(error or "the agent answered %d" % status)
     _expect(answer, _RUN_ANSWER)

@@ -59,7 +59,7 @@ NO = {
     "crashed": (SH + "kill -SEGV $$\n", 0o755, 1, "failed"),
     "missing": (None, 0, 1, "cannot be run: No such file or directory"),
     "not executable": (SH + "exit 0\n", 0o644, 1, "cannot be run: Permission denied"),
-    "world-writable": (SH + "exit 0\n", 0o757, 1, "others than root can change it (mode 0757)"),
+    "world-writable": (SH + "exit 0\n", 0o757, 1, "is writable by everybody (mode 0757)"),
     "a directory": ("directory", 0o755, 1, "not a regular file"),
     "no interpreter": ("#!/no/such/interpreter\nexit 0\n", 0o755, 1, "cannot be run"),
     "not a program": ("hello\n", 0o755, 1, "cannot be run: Exec format error"),
@@ -176,7 +176,7 @@ def test_a_hook_of_somebody_else_is_a_no(tmp_path, monkeypatch):
         os.chown(path, 12345, 12345)
     else:
         monkeypatch.setattr(os, "geteuid", lambda: 12345)
-    assert "others than root can change it" in decide(path).message
+    assert "belongs to user" in decide(path).message
 
 
 def test_the_hook_gets_the_whole_context_as_json_and_as_environment(tmp_path, monkeypatch):
