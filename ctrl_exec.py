@@ -4343,8 +4343,8 @@ class Executor:
         earlier = list(self._fronts.values())
         kept = set(bundle.listeners)
         previous, self._bundle = self._bundle, bundle
-        # First the old one stops accepting, then the new one begins: whoever connects after the event below is
-        # served from the new bundle, and whoever connects in between waits in the kernel's queue.
+        # First the old one stops accepting, then the new one begins: whoever connects after the event below
+        # is served from the new bundle, and whoever connects in between waits in the kernel's queue.
         for front in earlier:
             front.tell(b"drain")
         deadline = Deadline(2)

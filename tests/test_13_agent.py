@@ -442,6 +442,7 @@ def test_a_run_that_is_under_way_survives_a_reload_and_is_answered(site, host, t
 
 @needs_root
 def test_the_front_is_not_root_and_cannot_become_it_again(site, host):
+    assert site.control.json("ping", host.name)[0] == 0  # it has gone through its start
     with open("/proc/%d/status" % only_front(host), encoding="ascii") as file:
         status = dict(line.rstrip("\n").split(":\t", 1) for line in file)
     ids = status["Uid"].split() + status["Gid"].split() + status["Groups"].split()

@@ -469,7 +469,7 @@ def test_exit_statuses_come_through_the_launcher(staged):
 
 def test_the_first_line_names_one_interpreter_by_its_path_in_isolated_mode(staged):
     line = read(staged, LIB, "launch").splitlines()[0]
-    assert re.fullmatch(r"#!/\S+ -I", line)
+    assert re.fullmatch(r"#!/\S+ -IS", line)
     version = subprocess.run(
         [line[2:-3], "-c", "import sys; print(sys.version)"], capture_output=True, text=True, timeout=60
     )
