@@ -471,7 +471,7 @@ def test_the_first_line_names_one_interpreter_by_its_path_in_isolated_mode(stage
     line = read(staged, LIB, "launch").splitlines()[0]
     assert re.fullmatch(r"#!/\S+ -IS", line)
     version = subprocess.run(
-        [line[2:-3], "-c", "import sys; print(sys.version)"], capture_output=True, text=True, timeout=60
+        [line[2:-4], "-c", "import sys; print(sys.version)"], capture_output=True, text=True, timeout=60
     )
     assert version.stdout.strip() == sys.version.strip()
 
