@@ -9,8 +9,8 @@ part take turns within each round, so that noise hits all of them alike: read th
 milliseconds. A ratio is the median of the rounds' ratios.
 
 The interpreter is named by its own path, because a `python3` on PATH may be a wrapper that costs 70 ms a
-start. The .pth files in its site-packages run at each start too: `--flags='-I -S'` shows what starts cost
-without them, for ced and the bare process alike. ssh (openssh-server) and check_nrpe (nagios-nrpe-plugin,
+start. The .pth files in its site-packages would run at each start too: `--flags=-I` shows what starts cost
+with them, for ced and the bare process alike. ssh (openssh-server) and check_nrpe (nagios-nrpe-plugin,
 nagios-nrpe-server) are compared with when they are there.
 
 Run it on an otherwise idle machine, as root or not: it changes nothing outside its directory, except that
@@ -46,7 +46,7 @@ LAUNCHER = """\
 import os, sys
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
 import ctrl_exec
-sys.exit(ctrl_exec.main(sys.argv))
+ctrl_exec.leave(ctrl_exec.main(sys.argv))
 """
 
 # The least that a Python program can do for the same answer.
@@ -691,7 +691,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=21, metavar="N", help="rounds of each part (21)")
     parser.add_argument("--python", metavar="PATH", help="the interpreter for everything (default: this one)")
-    parser.add_argument("--flags", default="-I", help="how Python is started, e.g. --flags='-I -S' (-I)")
+    parser.add_argument("--flags", default="-I -S", help="how Python is started (-I -S, as installed copies are)")
     parser.add_argument("--only", default=",".join(PARTS), metavar="P,P", help="some of: " + ",".join(PARTS))
     args = parser.parse_args()
     python = find_interpreter(args.python)
