@@ -127,6 +127,7 @@ SCHEMA_VERSION = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 EXIT_USAGE = 2
 EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h
+EXIT_OUTPUT = 74  # EX_IOERR
 EXIT_CONFIG = 78  # EX_CONFIG: systemd is told not to restart on it
 
 
@@ -290,6 +291,13 @@ class TransportError(CtrlExecError):
     def __init__(self, message: str, state: str = "unreachable", hint: str = "") -> None:
         super().__init__(message, hint)
         self.state = state
+
+
+class OutputError(CtrlExecError):
+    """Standard output cannot be written: a full disk, a limit, a closed descriptor."""
+
+    exit_code = EXIT_OUTPUT
+    code = "output"
 
 
 class PairingTimeout(CtrlExecError):
@@ -993,7 +1001,11 @@ SETTINGS = (
         "new keys: ec (P-256), or rsa (3072 bits) for older peers",
     ),
     Setting(
-        "dispatcher", "auth_hook", parse_optional_path, "", "executable that decides about every request"
+        "dispatcher",
+        "auth_hook",
+        parse_optional_path,
+        "",
+        "executable that decides about every request (empty: auth-hook beside this file, if it exists)",
     ),
     Setting(
         "dispatcher", "auth_hook_timeout", parse_positive, "10", "seconds the hook has; after that, denied"
@@ -1002,10 +1014,16 @@ SETTINGS = (
     Setting("dispatcher", "read_timeout", parse_positive, "60", "seconds to wait for a host's answer"),
     Setting("dispatcher", "connect_timeout", parse_positive, "10", "seconds to reach a host, TLS included"),
     Setting("dispatcher", "max_parallel", parse_positive, "32", "hosts spoken to at the same time"),
-    Setting("dispatcher", "run_retention_hours", parse_positive, "24", "hours a run record is kept"),
+    Setting(
+        "dispatcher",
+        "run_retention_hours",
+        parse_positive,
+        "24",
+        "hours a run record is kept (not built yet)",
+    ),
     Setting("dispatcher", "registry_dir", parse_path, VAR + "/agents", "one JSON file per paired agent"),
     Setting("dispatcher", "lock_dir", parse_path, VAR + "/locks", "locks of running host:script pairs"),
-    Setting("dispatcher", "runs_dir", parse_path, VAR + "/runs", "run records"),
+    Setting("dispatcher", "runs_dir", parse_path, VAR + "/runs", "run records (not built yet)"),
     Setting("dispatcher", "pairing_dir", parse_path, VAR + "/pairing", "pairing requests that wait"),
     Setting(
         "dispatcher",
@@ -1015,12 +1033,26 @@ SETTINGS = (
         "serials of agent certificates that are refused, one a line",
     ),
     Setting("dispatcher", "cert_days", parse_positive, "365", "days a new certificate is valid"),
-    Setting("dispatcher", "cert_renewal_days", parse_positive, "90", "rotate the dispatcher's below this"),
     Setting(
-        "dispatcher", "cert_overlap_days", parse_positive, "30", "days the old one stays trusted after that"
+        "dispatcher",
+        "cert_renewal_days",
+        parse_positive,
+        "90",
+        "rotate the dispatcher's below this (not built yet)",
     ),
     Setting(
-        "dispatcher", "cert_check_interval", parse_positive, "14400", "seconds between checks of certificates"
+        "dispatcher",
+        "cert_overlap_days",
+        parse_positive,
+        "30",
+        "days the old one stays trusted after that (not built yet)",
+    ),
+    Setting(
+        "dispatcher",
+        "cert_check_interval",
+        parse_positive,
+        "14400",
+        "seconds between checks of certificates (not built yet)",
     ),
     Setting("dispatcher", "pairing_port", parse_port, str(PAIRING_PORT), "port of `ced pairing-mode`"),
     Setting(
@@ -1029,22 +1061,41 @@ SETTINGS = (
     Setting("dispatcher", "pairing_timeout", parse_positive, "600", "seconds after which one expires"),
     Setting("dispatcher", "pairing_rate_limit_volume", parse_rate, "10/60/300", "connections per address"),
     Setting("dispatcher", "pairing_rate_limit_disable", parse_yes_no, "no", "no rate limit while pairing"),
-    Setting("dispatcher", "api_port", parse_port, str(API_PORT), "port of the HTTP API"),
-    Setting("dispatcher", "api_bind", parse_addresses, "127.0.0.1", "addresses of the HTTP API"),
-    Setting("dispatcher", "api_cert", parse_optional_path, "", "TLS certificate of the HTTP API"),
-    Setting("dispatcher", "api_key", parse_optional_path, "", "its private key"),
+    Setting("dispatcher", "api_port", parse_port, str(API_PORT), "port of the HTTP API (not built yet)"),
     Setting(
-        "dispatcher", "api_auth_default", parse_api_default, "deny", "deny or allow, when there is no hook"
+        "dispatcher", "api_bind", parse_addresses, "127.0.0.1", "addresses of the HTTP API (not built yet)"
     ),
     Setting(
-        "dispatcher", "api_max_connections", parse_positive, "64", "connections at once", "api_max_children"
+        "dispatcher", "api_cert", parse_optional_path, "", "TLS certificate of the HTTP API (not built yet)"
+    ),
+    Setting("dispatcher", "api_key", parse_optional_path, "", "its private key (not built yet)"),
+    Setting(
+        "dispatcher",
+        "api_auth_default",
+        parse_api_default,
+        "deny",
+        "deny or allow, when there is no hook (not built yet)",
+    ),
+    Setting(
+        "dispatcher",
+        "api_max_connections",
+        parse_positive,
+        "64",
+        "connections at once (not built yet)",
+        "api_max_children",
     ),
     Setting("agent", "port", parse_port, str(AGENT_PORT), "port to listen on"),
     Setting("agent", "bind", parse_addresses, "", "addresses to listen on (empty: all, IPv4 and IPv6)"),
     Setting("agent", "cert", parse_path, AGENT_ETC + "/agent.crt", "this host's certificate"),
     Setting("agent", "key", parse_path, AGENT_ETC + "/agent.key", "its private key"),
     Setting("agent", "ca", parse_path, AGENT_ETC + "/ca.crt", "the CA certificate"),
-    Setting("agent", "auth_hook", parse_optional_path, "", "executable that decides about every request"),
+    Setting(
+        "agent",
+        "auth_hook",
+        parse_optional_path,
+        "",
+        "executable that decides about every request (empty: auth-hook beside this file, if it exists)",
+    ),
     Setting("agent", "auth_hook_timeout", parse_positive, "10", "seconds the hook has; after that, denied"),
     Setting(
         "agent",
@@ -1134,6 +1185,12 @@ class Config:
     def default_path(self, path: str) -> str:
         """A path that has no key of its own, under this configuration's root."""
         return under_root(self.root, path)
+
+
+def describe_config(config: Config) -> str:
+    """Where the settings come from, for a check."""
+    there = os.path.exists(config.path)
+    return "configuration %s" % config.path if there else "configuration: defaults (no %s)" % config.path
 
 
 class ConfigLine(NamedTuple):
@@ -2897,7 +2954,7 @@ def _connect(address: str, port: int, deadline: Deadline) -> socket.socket:
         raise TransportError("no answer from %s port %d within %g s" % (address, port, deadline.seconds))
     if isinstance(problem, ConnectionRefusedError):
         raise TransportError(
-            "%s port %d refused the connection" % (address, port), hint="is the agent running there?"
+            "%s port %d refused the connection" % (address, port), hint="is it running there?"
         )
     reason = problem.strerror if problem is not None else "no address"
     raise TransportError("%s port %d is unreachable: %s" % (address, port, reason))
@@ -3975,7 +4032,12 @@ def _run_recorded(rules: JobRules, request: JobRequest, record: RunRecord, plan:
                 os.unlink(path)
         raise
     except OSError as error:
-        reason = "cannot execute %s: %s" % (plan.path, error.strerror)
+        why = error.strerror
+        if error.errno == errno.ENOENT and os.path.exists(plan.path):
+            why = "the interpreter of its first line does not exist"
+        elif error.errno == errno.ENOEXEC:
+            why += " (no program, and no #! in its first line)"
+        reason = "cannot execute %s: %s" % (plan.path, why)
         record = record._replace(status="done", finished=iso_time(now()), exit=126, error=reason)
         _update_record(rules, record)
         return record
@@ -4759,7 +4821,7 @@ def _check_runnable(script: Script, rules: JobRules) -> None:
 def check_agent(config: Config) -> list:
     """Everything the agent depends on, one Finding each."""
     findings = [Finding("WARN", warning) for warning in config.warnings]
-    findings.append(Finding("OK", "configuration %s" % config.path))
+    findings.append(Finding("OK", describe_config(config)))
     openssl, identity = OpenSSL(), agent_identity(config)
     info = try_check(
         findings,
@@ -4994,7 +5056,7 @@ def check_ip_address(text: str) -> None:
 def check_free_name(directory: str, name: str, renamed: str = "") -> None:
     """Raise TrustError when a name is taken, in upper or lower case, by a host or by a certificate: a host
     that was renamed still proves itself by the name in its certificate. `renamed` is the host that asks."""
-    hint = "to give its place to the new one: approve --replace"
+    hint = "choose another name, or give its place to the new one: ced approve ID --replace"
     for known in list_agent_names(directory):
         if known != renamed and known.lower() == name.lower():
             raise TrustError("%s is paired already" % known, hint)
@@ -6472,7 +6534,7 @@ def _check_registered(agent: Agent, revoked: frozenset) -> Iterator[Finding]:
 def check_dispatcher(config: Config) -> list:
     """Everything the dispatcher depends on, one Finding each."""
     findings = [Finding("WARN", warning) for warning in config.warnings]
-    findings.append(Finding("OK", "configuration %s" % config.path))
+    findings.append(Finding("OK", describe_config(config)))
     openssl, identity = OpenSSL(), dispatcher_identity(config)
     ca = try_check(findings, "CA certificate %s" % config.ca, lambda: openssl.read_certificate(config.ca))
     if ca is not None:
@@ -6512,8 +6574,19 @@ def check_dispatcher(config: Config) -> list:
 
 
 def _write_out(data: bytes) -> None:
-    sys.stdout.buffer.write(data)
-    sys.stdout.flush()
+    """Write to standard output, all of it. Raises BrokenPipeError, and OutputError for everything else."""
+    if sys.stdout is None:
+        raise OutputError("cannot write the output: standard output is closed")
+    left = memoryview(data)
+    try:
+        while left:
+            left = left[sys.stdout.buffer.write(left) :]  # unbuffered (python -u), it may take a part only
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that a later flush does not fail again
+        raise OutputError("cannot write the output: %s" % error.strerror) from error
 
 
 def say(text: str) -> None:
@@ -6884,9 +6957,13 @@ def cmd_pairing_mode(args: Any, config: Config) -> int:
 def _read_host_file(path: str) -> list:
     """Host words from a file, or from standard input for `-`: one or more a line, # begins a comment."""
     try:
-        text = sys.stdin.read(MAX_STATE_FILE) if path == "-" else read_text(os.path.abspath(path))
-    except FileNotFoundError:
-        raise UsageError("%s: no such file" % path) from None
+        if path == "-":
+            text = sys.stdin.read(MAX_STATE_FILE)
+        else:
+            with open(path, encoding="utf-8") as file:  # a pipe will do
+                text = file.read(MAX_STATE_FILE)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError("%s: %s" % (path, getattr(error, "strerror", None) or "not UTF-8")) from None
     words = [word for line in text.splitlines() for word in line.partition("#")[0].split()]
     if not words:
         raise UsageError("%s names no host" % ("standard input" if path == "-" else path))
@@ -7060,9 +7137,14 @@ def cmd_run(args: Any, config: Config) -> int:
     arguments = tuple(args.script_args)
     request = RunRequest(script, arguments, "", args.username or _user_name(), "", args.timeout or 0)
     check_run_request(request)
-    dispatcher, agents, context, spoiled = _open_dispatch(
-        args, config, words, "run", script=script, args=arguments
-    )
+    try:
+        dispatcher, agents, context, spoiled = _open_dispatch(
+            args, config, words, "run", script=script, args=arguments
+        )
+    except UnknownHost as error:
+        if words and not arguments:
+            error.hint = error.hint or "arguments of the script go after --: ced run HOST... SCRIPT -- ARG..."
+        raise
     request = request._replace(reqid=context.reqid, token=context.token)
     results = []
     try:
@@ -7072,6 +7154,8 @@ def cmd_run(args: Any, config: Config) -> int:
                 _write_out(_render_block(result))
     except KeyboardInterrupt:
         left = sorted({agent.name for agent in agents} - {result.host for result in results})
+        if args.json:
+            _say_json({"ok": False, "error": "interrupted", "reqid": request.reqid, "running": left})
         _warn(
             "\nced: stopped waiting; the script may still run on %s (request %s)"
             % (", ".join(left), request.reqid)
@@ -7183,12 +7267,14 @@ def _finish_pairing(config: Config, session: PairingSession, state: PairingState
     return 0
 
 
-def _show_code(session: PairingSession, has_token: bool) -> None:
+def _show_code(session: PairingSession, has_token: bool, background: bool) -> None:
     if session.legacy:
         _warn("cea: the dispatcher is of an older release: this code is a hash of our request alone,")
         _warn("     which somebody in the middle can imitate in a second")
     if not has_token:
-        _warn("request %s\npairing code: %s" % (session.reqid, _spaced(session.code)))
+        if not background:  # which prints the id on standard output
+            _warn("request %s" % session.reqid)
+        _warn("pairing code: %s" % _spaced(session.code))
         _warn("approve it on the dispatcher only if it shows the same code there")
 
 
@@ -7238,6 +7324,8 @@ def cmd_request_pairing(args: Any, config: Config) -> int:
     name = args.name or socket.gethostname()
     if not HOST_NAME.fullmatch(name):
         raise UsageError("%s is not a host name" % one_line(name[:300]), "give one with --name")
+    if args.ca_fingerprint and not re.fullmatch(r"[0-9a-fA-F]{64}", args.ca_fingerprint.replace(":", "")):
+        raise UsageError("--ca-fingerprint expects 64 hex digits", "pairing-mode shows them")
     if token and not re.fullmatch(r"[0-9a-f]{8}\.[a-z2-7]{32}", token):
         raise UsageError("that is not a pairing token", "ced pairing-token prints one")
     try:
@@ -7258,7 +7346,7 @@ def cmd_request_pairing(args: Any, config: Config) -> int:
         raise UsageError("expected %s" % error) from None
     session = PairingSession(config, wish, OpenSSL(), args.timeout)
     state = PairingState(session.reqid, host, session.code, "waiting")
-    _show_code(session, bool(token))
+    _show_code(session, bool(token), args.background)
     if args.background:
         return _wait_in_background(config, session, state)
     return _finish_pairing(config, session, state, _must_ask(args, token))
@@ -7324,6 +7412,13 @@ def _count_option(text: str) -> int:
         raise UsageError("expected %s, not `%s`" % (error, one_line(text[:40]))) from None
 
 
+def _agent_port_option(text: str) -> int:
+    try:
+        return parse_count(text, 1, 65535)
+    except ValueError as error:
+        raise UsageError("a port is %s" % error) from None
+
+
 def _port_option(text: str) -> int:
     try:
         return parse_port(text)
@@ -7360,7 +7455,7 @@ _HOSTS = (
 )
 _PLACE = (
     _option("--ip", metavar="A", help="its IP address"),
-    _option("--agent-port", type=_port_option, metavar="P", help="its port"),
+    _option("--agent-port", type=_agent_port_option, metavar="P", help="its port"),
     _LOOKUP_BY,
 )
 
@@ -7447,7 +7542,7 @@ _GLOBALS = (
     _option("--config", metavar="FILE", help="instead of the default configuration file"),
     _option("--root", metavar="DIR", help="put every default path below DIR (CTRL_EXEC_ROOT)"),
     _option("--verbose", action="store_true", help="log to standard error too"),
-    _option("--help", action="store_true", help="show this"),
+    _option("-h", "--help", action="store_true", help="show this"),
 )
 
 
@@ -7479,6 +7574,7 @@ def _parse_options(command: Command, program: str, words: list) -> tuple:
 
     parser = Parser(
         prog="%s %s" % (program, command.name),
+        usage="%s run [options] HOST... SCRIPT [-- ARG...]" % program if command.name == "run" else None,
         description=command.help,
         add_help=False,
         allow_abbrev=False,
@@ -7493,7 +7589,7 @@ def _parse_options(command: Command, program: str, words: list) -> tuple:
         words, script_args = words[:at], words[at + 1 :]
     if "--version" in words:
         return None, render_version()
-    if "--help" in words:
+    if "--help" in words or "-h" in words:
         return None, parser.format_help().rstrip()
     args = parser.parse_intermixed_args(words)
     args.script_args = script_args
@@ -7512,7 +7608,7 @@ def parse_command(role: str, program: str, argv: list) -> tuple:
     if "--version" in leading:
         return None, render_version()
     if not words:
-        if "--help" in leading:
+        if "--help" in leading or "-h" in leading:
             return None, render_usage(role, program)
         raise UsageError("no verb is given", "%s --help" % program)
     verb, *rest = words
@@ -7815,7 +7911,7 @@ def _run_role(argv: list) -> int:
     if "--version" in words:
         say(render_version())
         return 0
-    if "--help" in words:
+    if "--help" in words or "-h" in words:
         say(_USAGE)
         return 0
     if words[:1] == ["demo"] and set(words[1:]) <= {"--keep"}:
@@ -7846,9 +7942,7 @@ def main(argv: list) -> int:
     """Run one command line (`argv[0]` is the name we were called by); returns the exit status."""
     program = os.path.basename(argv[0])
     try:
-        status = _run_role(argv)
-        sys.stdout.flush()
-        return status
+        return _run_role(argv)
     except CtrlExecError as error:
         return _fail(program, error)
     except KeyboardInterrupt:
@@ -7856,12 +7950,6 @@ def main(argv: list) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the last flush at exit does not fail again
         return 141  # 128 + SIGPIPE
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            return _report_bug(program, error)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.stderr.write("%s: cannot write the output: %s\n" % (program, error.strerror))
-        return 74  # EX_IOERR
     except Exception as error:
         return _report_bug(program, error)
 

@@ -580,7 +580,7 @@ say_next_steps() {
     fi
     if [ -n "$agent" ]; then
         say "Next, on the managed host:"
-        say "  ${as}cea request-pairing --dispatcher CONTROL-HOST"
+        say "  ${as}cea request-pairing --dispatcher CONTROL-HOST --timeout 300"
         say "  edit /etc/ctrl-exec-agent/scripts.conf: what may run here"
         if has_systemd; then
             say "  systemctl enable --now ctrl-exec-agent"
