@@ -7142,7 +7142,7 @@ def cmd_run(args: Any, config: Config) -> int:
             args, config, words, "run", script=script, args=arguments
         )
     except UnknownHost as error:
-        if words and not arguments:
+        if len(words) > 1 and not arguments:
             error.hint = error.hint or "arguments of the script go after --: ced run HOST... SCRIPT -- ARG..."
         raise
     request = request._replace(reqid=context.reqid, token=context.token)

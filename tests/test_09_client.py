@@ -403,7 +403,7 @@ def test_a_host_that_was_never_reached_is_not_said_to_run_anything(fleet):
     done = fleet.run("run", "refused", "hello")
     assert done.returncode == 1
     assert "unreachable: 127.0.0.1 port " in done.out
-    assert "is the agent running there?" in done.out
+    assert "is it running there?" in done.out
     assert "may still run" not in done.out
 
 

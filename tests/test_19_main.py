@@ -228,7 +228,6 @@ def test_an_interrupt_is_130_and_silent(capfdbinary, failing):
         ("ctrl_exec.py", "agent"),
         ("ctrl_exec.py", "dispatcher", "bogus"),
         ("\udcff",),
-        ("ced", "-h"),
         ("ced", "--bogus", "list-agents"),
     ],
 )

@@ -61,7 +61,7 @@ def check_story(out, top):
     asked = dict(re.findall(r"^(\S+) \$ cea request-pairing [^\n]*\n  ([0-9a-f]+)$", out, re.MULTILINE))
     assert sorted(asked) == sorted(HOSTS), out
     codes = dict(
-        re.findall(r"^  request ([0-9a-f]+)\n  pairing code: ([0-9]{3} [0-9]{3})$", out, re.MULTILINE)
+        re.findall(r"^  ([0-9a-f]{16})\n  pairing code: ([0-9]{3} [0-9]{3})$", out, re.MULTILINE)
     )
     assert sorted(codes) == sorted(asked.values())
     shown = re.search(r"^  %s  .*?([0-9]{3} [0-9]{3})" % asked["web-01"], out, re.MULTILINE)  # list-requests
