@@ -6603,10 +6603,14 @@ def _say_json(value: dict) -> None:
     _write_out(encode_json(value) + b"\n")
 
 
+def _is_terminal() -> bool:
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
 def _paint(text: str, colour: str) -> str:
     """Colour on a terminal that wants it (https://no-color.org), plain text everywhere else."""
     codes = {"red": "31", "green": "32", "yellow": "33", "bold": "1"}
-    if colour and sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
+    if colour and _is_terminal() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
         return "\033[%sm%s\033[0m" % (codes[colour], text)
     return text
 
@@ -7072,7 +7076,7 @@ def cmd_ping(args: Any, config: Config) -> int:
 def _exact_output(answer: dict, stream: str) -> bytes:
     """A stream as the script wrote it; on a terminal, without what could steer it."""
     text = answer.get(stream, "")
-    if sys.stdout.isatty():
+    if _is_terminal():
         return printable(text).encode("utf-8", "backslashreplace")
     encoded = answer.get(stream + "_base64")
     if isinstance(encoded, str):
@@ -7938,9 +7942,20 @@ def _report_bug(program: str, error: BaseException) -> int:
     return EXIT_BUG
 
 
+def _hold_standard_descriptors() -> None:
+    """Started with a standard descriptor closed, the next file we open would become it, and output would go
+    there: hold its place. Python has made its own stream None already, so the loss is still noticed."""
+    while True:
+        descriptor = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        if descriptor > 2:
+            os.close(descriptor)
+            return
+
+
 def main(argv: list) -> int:
     """Run one command line (`argv[0]` is the name we were called by); returns the exit status."""
     program = os.path.basename(argv[0])
+    _hold_standard_descriptors()
     try:
         return _run_role(argv)
     except CtrlExecError as error:
