@@ -26,6 +26,7 @@ CONTRACT = {
     "Locked": (1, 409, "locked"),
     "MethodNotAllowed": (1, 405, "method"),
     "NotFound": (1, 404, "not-found"),
+    "OutputError": (74, 500, "output"),
     "PairingDenied": (3, 403, "pairing-denied"),
     "PairingTimeout": (2, 408, "pairing-timeout"),
     "ProgramError": (1, 500, "program"),

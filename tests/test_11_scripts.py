@@ -835,7 +835,7 @@ def test_a_script_that_is_not_executable_any_more_fails_with_the_reason(site, vi
 def test_a_script_whose_interpreter_is_missing_fails_with_the_reason(site, victim):
     with open(victim, "w", encoding="ascii") as file:
         file.write("#!/no/such/interpreter\necho x\n")
-    not_executed(site.run("victim"), victim, "No such file or directory")
+    not_executed(site.run("victim"), victim, "the interpreter of its first line does not exist")
 
 
 def test_a_script_without_an_interpreter_line_fails_with_the_reason(site, victim):
