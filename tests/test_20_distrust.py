@@ -221,6 +221,29 @@ def test_depth_and_masses_of_values_are_refused_before_they_are_parsed(data):
         ctrl_exec.check_json_depth(data)
 
 
+@pytest.mark.parametrize("escape", ["\\n", '\\"', "\\\\"], ids=["newlines", "quotes", "backslashes"])
+def test_the_look_at_depth_takes_a_few_times_the_memory_of_the_data_at_most(escape):
+    code = (
+        "import resource, sys; sys.path.insert(0, sys.argv[1]); import ctrl_exec\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "data = b'{\"x\":\"' + b'[' * 40 + sys.argv[2].encode() * (5 << 20) + b'\"}'\n"
+        "before = peak(); ctrl_exec.check_json_depth(data); print((peak() - before) / len(data))"
+    )
+    words = [sys.executable, "-I", "-c", code, os.path.dirname(support.PROGRAM), escape]
+    done = subprocess.run(words, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 6
+
+
+def test_the_service_manager_hears_the_state(tmp_path, monkeypatch):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(20)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        ctrl_exec.tell_systemd("READY=1")
+        assert manager.recv(100) == b"READY=1"
+
+
 def test_work_that_fails_is_an_error_and_not_a_wait_for_ever():
     def work(agent):
         raise ValueError("a bug for %s" % agent)
