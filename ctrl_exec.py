@@ -11,16 +11,17 @@ One file, three roles, picked by the name the file is invoked by (make symlinks)
 The file reads from the ground up: nothing is used above its definition, and each section opens with
 what it owns and which sections it may use.
 
-     1 HEAD       version, ports, paths, limits     11 SCRIPTS    what may run, and as what
-     2 ERRORS     every failure with its status     12 JOBS       executor, supervisor, run records
-     3 GROUND     log, files, locks, programs       13 AGENT      the daemon: pipeline and reload
-     4 SETTINGS   one row per configuration key     14 REGISTRY   agents, host patterns, locks
-     5 OPENSSL    the openssl program               15 PAIRING    both halves of one protocol
-     6 TRUST      CA, identities, TLS contexts      16 DISPATCH   work on many hosts
-     7 WIRE       JSON over HTTP, both ways         17 API        (the number is kept for it)
-     8 SERVER     listening                         18 CLI        verbs, tables, text, JSON, demo
-     9 CLIENT     one request to one host           19 MAIN       role, signals, exit status
-    10 POLICY     auth hooks, rate limits
+     1 HEAD       version, ports, paths, limits     12 RECORDS    what an agent keeps of a run
+     2 ERRORS     every failure with its status     13 JOBS       a supervisor: one run, start to end
+     3 GROUND     log, files, locks, programs       14 EXECUTOR   the agent's parent process
+     4 SETTINGS   one row per configuration key     15 AGENT      the daemon: pipeline and reload
+     5 OPENSSL    the openssl program               16 REGISTRY   agents, host patterns, locks, runs
+     6 TRUST      CA, identities, TLS contexts      17 PAIRING    both halves of one protocol
+     7 WIRE       JSON over HTTP, both ways         18 DISPATCH   work on many hosts
+     8 SERVER     listening                         19 API        (the number is kept for it)
+     9 CLIENT     one request to one host           20 CLI        verbs, tables, text, JSON, demo
+    10 POLICY     auth hooks, rate limits           21 MAIN       role, signals, exit status
+    11 SCRIPTS    what may run, and as what
 
 Where to begin: how a request is decided, AGENT; what a script is given, JOBS; who is believed and why,
 TRUST and PAIRING; what `ced run` does, DISPATCH; what a key means, SETTINGS.
@@ -780,6 +781,21 @@ def raise_descriptor_limit() -> int:
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard
+
+
+def reset_signals() -> None:
+    """Give a new process the signal handling it expects: Python ignores SIGPIPE, and children inherit it."""
+    signal.set_wakeup_fd(-1)
+    for number in (
+        signal.SIGPIPE,
+        signal.SIGXFSZ,
+        signal.SIGTERM,
+        signal.SIGINT,
+        signal.SIGHUP,
+        signal.SIGCHLD,
+    ):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
 
 # --- helper programs ------------------------------------------------------------------------------------
@@ -3492,43 +3508,19 @@ def check_profile(profile: Profile) -> Account:
 
 
 # ======================================================================================================
-# 12. JOBS
-# Owns:  the executor (the agent's parent process), one supervisor process per run, and the run's record.
-#        An executor takes nothing from the network; a supervisor outlives executor and front.
-# Uses:  HEAD, ERRORS, GROUND, WIRE, SCRIPTS
-# On disk: runs/OWNER/REQID.json, .out, .err; locks/SCRIPT.N
+# 12. RECORDS
+# Owns:  what an agent keeps of a run: its record and its output, on disk, and the result made of them.
+# Uses:  HEAD, ERRORS, GROUND, WIRE
+# On disk: runs/OWNER/REQID.json, .out, .err
 # ======================================================================================================
 
 
-class JobRules(NamedTuple):
-    """What the agent's own files say about running; a supervisor believes nothing else."""
+class RunStore(NamedTuple):
+    """Where an agent's run records lie, whom their files belong to, and how long they are kept."""
 
-    scripts: dict
-    script_dirs: tuple
-    strict_modes: bool
-    runs_dir: str
-    locks_dir: str
-    owners: frozenset  # the dispatcher ids of the trust map
-    host: str
-    max_output: int
-    stdin_timeout: int
-    script_timeout: int
-    retention: int  # seconds
+    directory: str
     file_owner: Optional[Owner]
-
-
-class JobRequest(NamedTuple):
-    """What the front asks an executor for: to run a script, or to look at the allowlist's files."""
-
-    operation: str  # run or inspect
-    reqid: str = ""
-    owner: str = ""  # the dispatcher's id, from its certificate
-    peer_ip: str = ""
-    script: str = ""
-    args: tuple = ()
-    username: str = ""
-    token: str = ""
-    timeout: int = 0  # seconds; can only shorten what the agent's files allow
+    retention: int  # seconds
 
 
 class RunRecord(NamedTuple):
@@ -3552,22 +3544,22 @@ class RunRecord(NamedTuple):
     error: str = ""
 
 
-def _record_path(rules: JobRules, owner: str, reqid: str, suffix: str) -> str:
+def record_path(store: RunStore, owner: str, reqid: str, suffix: str) -> str:
     """A file of one run. The last gate before names become paths: raises BadRequest for what is no name."""
     if not HOST_NAME.fullmatch(owner) or not REQUEST_ID.fullmatch(reqid):
         raise BadRequest("not a run's name")
-    return os.path.join(rules.runs_dir, owner, reqid + suffix)
+    return os.path.join(store.directory, owner, reqid + suffix)
 
 
-def write_record(rules: JobRules, record: RunRecord, new: bool) -> None:
+def write_record(store: RunStore, record: RunRecord, new: bool) -> None:
     """Write a run's record. Raises StorageError, and FileExistsError when a new one's id is taken."""
-    path = _record_path(rules, record.owner, record.reqid, ".json")
-    write_atomic(path, encode_state(record._asdict()), mode=0o640, owner=rules.file_owner, replace=not new)
+    path = record_path(store, record.owner, record.reqid, ".json")
+    write_atomic(path, encode_state(record._asdict()), mode=0o640, owner=store.file_owner, replace=not new)
 
 
-def find_record(rules: JobRules, owner: str, reqid: str) -> Optional[RunRecord]:
+def find_record(store: RunStore, owner: str, reqid: str) -> Optional[RunRecord]:
     """The record of a run, or None. Raises StorageError for one that cannot be read or is another's."""
-    path = _record_path(rules, owner, reqid, ".json")
+    path = record_path(store, owner, reqid, ".json")
     try:
         values = read_json_file(path)
         record = RunRecord(**{key: values[key] for key in RunRecord._fields if key in values})
@@ -3595,19 +3587,19 @@ def _is_held(path: str) -> bool:
         os.close(descriptor)
 
 
-def sweep_records(rules: JobRules) -> None:
+def sweep_records(store: RunStore) -> None:
     """Remove what is older than the retention, at most once in a twenty-fourth of it; never raises."""
-    marker = os.path.join(rules.runs_dir, ".swept")
+    marker = os.path.join(store.directory, ".swept")
     try:
-        if os.path.exists(marker) and now() - os.stat(marker).st_mtime < rules.retention / 24:
+        if os.path.exists(marker) and now() - os.stat(marker).st_mtime < store.retention / 24:
             return
         write_atomic(marker, b"")
-        for owner in os.scandir(rules.runs_dir):
+        for owner in os.scandir(store.directory):
             if owner.is_dir(follow_symlinks=False):
                 for entry in os.scandir(owner.path):
                     if _is_held(os.path.splitext(entry.path)[0] + ".out"):
                         continue  # a run that goes on
-                    if now() - entry.stat(follow_symlinks=False).st_mtime > rules.retention:
+                    if now() - entry.stat(follow_symlinks=False).st_mtime > store.retention:
                         os.unlink(entry.path)
     except (OSError, StorageError) as error:
         LOG.event("run-store-fail", MESSAGE="sweep: %s" % error)
@@ -3656,7 +3648,7 @@ def _is_utf8(path: str) -> bool:
             return False
 
 
-def render_result(rules: JobRules, record: RunRecord) -> Iterator[bytes]:
+def render_result(store: RunStore, record: RunRecord) -> Iterator[bytes]:
     """A run's result as JSON text in pieces: whatever a script has written is never whole in memory."""
     facts = {"script": record.script, "exit": record.exit, "reqid": record.reqid, "host": record.host}
     facts.update({"started": record.started, "finished": record.finished})
@@ -3664,7 +3656,7 @@ def render_result(rules: JobRules, record: RunRecord) -> Iterator[bytes]:
     facts.update({key: getattr(record, key) for key in optional if getattr(record, key)})
     yield encode_json(facts)[:-1]
     for stream, suffix in (("stdout", ".out"), ("stderr", ".err")):
-        path = _record_path(rules, record.owner, record.reqid, suffix)
+        path = record_path(store, record.owner, record.reqid, suffix)
         if not os.path.exists(path):
             yield b',"%s":""' % stream.encode("ascii")
             continue
@@ -3676,6 +3668,44 @@ def render_result(rules: JobRules, record: RunRecord) -> Iterator[bytes]:
             yield from _render_base64(path)
             yield b'"'
     yield b"}"
+
+
+# ======================================================================================================
+# 13. JOBS
+# Owns:  one supervisor process per run: it checks again what may run, starts the script, watches it, keeps
+#        its limits and its record. It outlives the executor that forked it, and the front that asked.
+# Uses:  HEAD, ERRORS, GROUND, WIRE, SCRIPTS, RECORDS
+# On disk: locks/SCRIPT.N
+# ======================================================================================================
+
+
+class JobRules(NamedTuple):
+    """What the agent's own files say about running; a supervisor believes nothing else."""
+
+    scripts: dict
+    script_dirs: tuple
+    strict_modes: bool
+    store: RunStore
+    locks_dir: str
+    owners: frozenset  # the dispatcher ids of the trust map
+    host: str
+    max_output: int
+    stdin_timeout: int
+    script_timeout: int
+
+
+class JobRequest(NamedTuple):
+    """What the front asks an executor for: to run a script, or to look at the allowlist's files."""
+
+    operation: str  # run or inspect
+    reqid: str = ""
+    owner: str = ""  # the dispatcher's id, from its certificate
+    peer_ip: str = ""
+    script: str = ""
+    args: tuple = ()
+    username: str = ""
+    token: str = ""
+    timeout: int = 0  # seconds; can only shorten what the agent's files allow
 
 
 # --- starting a script ----------------------------------------------------------------------------------
@@ -3740,27 +3770,12 @@ def _apply_profile(plan: _Plan) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (profile.memory, profile.memory))
 
 
-def _reset_signals() -> None:
-    """Give a new process the signal handling it expects: Python ignores SIGPIPE, and children inherit it."""
-    signal.set_wakeup_fd(-1)
-    for number in (
-        signal.SIGPIPE,
-        signal.SIGXFSZ,
-        signal.SIGTERM,
-        signal.SIGINT,
-        signal.SIGHUP,
-        signal.SIGCHLD,
-    ):
-        signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
-
-
 def _become_script(plan: _Plan, descriptors: tuple) -> None:
     """In the child: never returns normally."""
     os.setsid()
     for number, descriptor in enumerate(descriptors):
         os.dup2(descriptor, number)  # all our other descriptors are close-on-exec
-    _reset_signals()
+    reset_signals()
     os.umask(0o022)
     os.chdir("/")
     _apply_profile(plan)
@@ -4014,7 +4029,7 @@ def _render_context(request: JobRequest, record: RunRecord) -> bytes:
 def _update_record(rules: JobRules, record: RunRecord) -> None:
     """Write what is known now. The disk may have filled up: the caller still learns how the run ended."""
     try:
-        write_record(rules, record, new=False)
+        write_record(rules.store, record, new=False)
     except StorageError as error:
         LOG.event("run-store-fail", REQID=record.reqid, MESSAGE=error.message)
 
@@ -4022,9 +4037,11 @@ def _update_record(rules: JobRules, record: RunRecord) -> None:
 def _run_recorded(rules: JobRules, request: JobRequest, record: RunRecord, plan: _Plan) -> RunRecord:
     """Start what has its record, watch it, and bring the record up to date; raises only before the start."""
     script = rules.scripts[request.script]
-    paths = [_record_path(rules, record.owner, record.reqid, suffix) for suffix in (".out", ".err", ".json")]
+    paths = [
+        record_path(rules.store, record.owner, record.reqid, suffix) for suffix in (".out", ".err", ".json")
+    ]
     try:
-        spools = tuple(_Spool(path, rules.max_output, rules.file_owner) for path in paths[:2])
+        spools = tuple(_Spool(path, rules.max_output, rules.store.file_owner) for path in paths[:2])
         started = start_script(plan)
     except (StorageError, Unavailable):
         for path in paths:  # it did not run, so its id is free again
@@ -4063,21 +4080,21 @@ def run_job(rules: JobRules, request: JobRequest) -> tuple:
     """
     if request.owner not in rules.owners:
         raise ScriptRefused("script not permitted")
-    earlier = find_record(rules, request.owner, request.reqid)
+    earlier = find_record(rules.store, request.owner, request.reqid)
     if earlier is not None:
         return earlier, False
     script, account, path = _permit(rules, request)
     lock = _take_slot(rules, script, request.reqid)
     try:
-        make_directory(os.path.join(rules.runs_dir, request.owner), 0o750, rules.file_owner)
+        make_directory(os.path.join(rules.store.directory, request.owner), 0o750, rules.store.file_owner)
         record = RunRecord(
             request.reqid, request.owner, script.name, rules.host, request.username, request.peer_ip,
             "running", iso_time(now()), 0,
         )  # fmt: skip
         try:
-            write_record(rules, record, new=True)
+            write_record(rules.store, record, new=True)
         except FileExistsError:
-            return find_record(rules, request.owner, request.reqid), False
+            return find_record(rules.store, request.owner, request.reqid), False
         environment = _script_environment(request, account)
         record = _run_recorded(
             rules, request, record, _Plan(path, request.args, environment, account, script.profile)
@@ -4146,7 +4163,7 @@ def _receive_job(channel: socket.socket) -> JobRequest:
     return JobRequest(**dict(values, args=tuple(values["args"])))
 
 
-def _send_pieces(channel: socket.socket, pieces: Iterable) -> None:
+def send_pieces(channel: socket.socket, pieces: Iterable) -> None:
     """Send in large pieces, so that a short answer arrives at once; a front that has gone is no matter."""
     buffer = bytearray()
     try:
@@ -4170,7 +4187,7 @@ def _chain(head: bytes, pieces: Iterable) -> Iterator[bytes]:
     yield from pieces
 
 
-def _serve_job(channel: socket.socket, rules: JobRules) -> None:
+def serve_job(channel: socket.socket, rules: JobRules) -> None:
     """A supervisor's life: read the request, do it, answer, tidy up."""
     channel.settimeout(BODY_SECONDS)
     try:
@@ -4187,7 +4204,7 @@ def _serve_job(channel: socket.socket, rules: JobRules) -> None:
             if ran:
                 _log_run(record)
             head = encode_json({"event": "answer"}) + b"\n"
-            pieces = _chain(head, render_result(rules, record))
+            pieces = _chain(head, render_result(rules.store, record))
     except CtrlExecError as error:
         if isinstance(error, StorageError):
             LOG.event("run-store-fail", MESSAGE=error.message)
@@ -4199,12 +4216,17 @@ def _serve_job(channel: socket.socket, rules: JobRules) -> None:
         }
         pieces = [encode_json(refusal) + b"\n"]
     channel.settimeout(WRITE_SECONDS)
-    _send_pieces(channel, pieces)
+    send_pieces(channel, pieces)
     channel.close()
-    sweep_records(rules)
+    sweep_records(rules.store)
 
 
-# --- the executor ---------------------------------------------------------------------------------------
+# ======================================================================================================
+# 14. EXECUTOR
+# Owns:  the agent's parent process: it binds the port, keeps a front alive that serves from one bundle,
+#        forks a supervisor for each run, and reaps. It takes nothing from the network.
+# Uses:  HEAD, ERRORS, GROUND, WIRE, JOBS
+# ======================================================================================================
 
 
 class _Front:
@@ -4315,7 +4337,7 @@ class Executor:
             return
         status = EXIT_BUG
         try:
-            _reset_signals()
+            reset_signals()
             signal.signal(
                 signal.SIGINT, signal.SIG_IGN
             )  # a terminal's Ctrl-C reaches the parent, which decides
@@ -4350,7 +4372,7 @@ class Executor:
         except OSError as error:
             reason = {"event": "refused", "code": "unavailable", "status": 503}
             reason["error"] = "cannot start a process: %s; try again later" % error.strerror
-            _send_pieces(channel, [encode_json(reason) + b"\n"])
+            send_pieces(channel, [encode_json(reason) + b"\n"])
         channel.close()
 
     def _fork_supervisor(self, channel: socket.socket) -> None:
@@ -4359,11 +4381,11 @@ class Executor:
             self._supervisors.add(pid)
             return
         try:
-            _reset_signals()
+            reset_signals()
             signal.signal(signal.SIGPIPE, signal.SIG_IGN)
             os.setsid()
             close_descriptors([channel.fileno(), LOG.descriptor()])
-            _serve_job(channel, self._bundle.rules)
+            serve_job(channel, self._bundle.rules)
         except BaseException as error:
             log_bug(error)
         finally:
@@ -4442,10 +4464,11 @@ class Executor:
 
 
 # ======================================================================================================
-# 13. AGENT
+# 15. AGENT
 # Owns:  the daemon of a managed host: the bundle that a process serves from, the pipeline of a request
 #        (revoked, trusted, parsed, listed, asked, run), and the agent's checks of itself.
-# Uses:  HEAD, ERRORS, GROUND, SETTINGS, OPENSSL, TRUST, WIRE, SERVER, POLICY, SCRIPTS, JOBS
+# Uses:  HEAD, ERRORS, GROUND, SETTINGS, OPENSSL, TRUST, WIRE, SERVER, POLICY, SCRIPTS, RECORDS, JOBS,
+#        EXECUTOR
 # On disk: agent.lock (who serves from this state directory)
 # ======================================================================================================
 
@@ -4489,19 +4512,20 @@ def build_rules(config: Config, host: str, owners: frozenset) -> tuple:
                 _check_own_file(path)
     scripts, warnings = load_allowlist(scripts_conf_path(config), build_profiles(config.profiles))
     owner = find_service_owner(AGENT_USER)
+    store = RunStore(
+        config.runs_dir, None if owner is None else Owner(-1, owner.gid), config.run_retention_hours * 3600
+    )
     rules = JobRules(
         scripts=scripts,
         script_dirs=config.script_dirs,
         strict_modes=config.strict_modes,
-        runs_dir=config.runs_dir,
+        store=store,
         locks_dir=config.default_path(AGENT_VAR + "/locks"),
         owners=owners,
         host=host,
         max_output=config.max_output,
         stdin_timeout=config.stdin_timeout,
         script_timeout=config.script_timeout,
-        retention=config.run_retention_hours * 3600,
-        file_owner=None if owner is None else Owner(-1, owner.gid),
     )
     return rules, warnings
 
@@ -4898,7 +4922,7 @@ def ping_self(config: Config) -> CertInfo:
 
 
 # ======================================================================================================
-# 14. REGISTRY
+# 16. REGISTRY
 # Owns:  the paired agents on the control host, which of them a command means, and the locks of running
 #        host:script pairs. All of it is files: several control hosts can share the directory.
 # Uses:  HEAD, ERRORS, GROUND, SETTINGS, TRUST, CLIENT
@@ -5239,7 +5263,7 @@ def list_locks(directory: str) -> list:
 
 
 # ======================================================================================================
-# 15. PAIRING
+# 17. PAIRING
 # Owns:  how an agent gets its certificate: both halves of one protocol, side by side, and the tokens that
 #        stand in for a person.
 # Uses:  HEAD, ERRORS, GROUND, SETTINGS, OPENSSL, TRUST, WIRE, SERVER, CLIENT, POLICY, AGENT, REGISTRY
@@ -6190,7 +6214,7 @@ def load_pairing_states(config: Config) -> list:
 
 
 # ======================================================================================================
-# 16. DISPATCH
+# 18. DISPATCH
 # Owns:  work on many hosts: one fan-out, and what `ping`, `run` and `discovery` make of it; changes to the
 #        registry that an operator asks for; the checks of the control host.
 # Uses:  HEAD, ERRORS, GROUND, SETTINGS, OPENSSL, TRUST, WIRE, CLIENT, POLICY, REGISTRY, PAIRING
@@ -6566,7 +6590,7 @@ def check_dispatcher(config: Config) -> list:
 
 
 # ======================================================================================================
-# 18. CLI
+# 20. CLI
 # Owns:  verbs and their options as a table; text, tables and JSON; the prompt of pairing mode; the demo.
 #        The only section that prints.
 # Uses:  HEAD, ERRORS, GROUND, SETTINGS, OPENSSL, TRUST, WIRE, POLICY, AGENT, REGISTRY, PAIRING, DISPATCH
@@ -7877,7 +7901,7 @@ def run_demo(keep: bool) -> int:
 
 
 # ======================================================================================================
-# 19. MAIN
+# 21. MAIN
 # Owns:  the role from the name invoked, signals, and the way from an error to an exit status. The only
 #        section that leaves the process.
 # Uses:  HEAD, ERRORS, GROUND, SETTINGS, CLI

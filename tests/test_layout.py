@@ -16,12 +16,12 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 SCOPES = (*FUNCTIONS, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 BANNER = re.compile(
-    r"^# (={100,104})\n# (\d+)\. ([A-Z]+)\n((?:# Owns:  .*\n)(?:#        .*\n)*)# Uses:  (.*)\n"
+    r"^# (={100,104})\n# (\d+)\. ([A-Z]+)\n((?:# Owns:  .*\n)(?:#        .*\n)*)# Uses:  (.*(?:\n#        .*)?)\n"
     r"(?:# (?:On disk|Why here): .*\n(?:#(?:   .*)?\n)*)*# \1\n",
     re.MULTILINE,
 )
 BANNERS = [  # (number, name, the line of its number, the sections that Uses: names)
-    (int(hit[2]), hit[3], SOURCE.count("\n", 0, hit.start()) + 2, hit[5]) for hit in BANNER.finditer(SOURCE)
+    (int(hit[2]), hit[3], SOURCE.count("\n", 0, hit.start()) + 2, hit[5].replace("\n#       ", "")) for hit in BANNER.finditer(SOURCE)
 ]
 
 # Where a library may be named, and which of its names; ANY of them where it is at home. HEAD only imports.

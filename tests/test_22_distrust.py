@@ -22,15 +22,13 @@ def build_rules(tmp_path):
         scripts={"hello": ctrl_exec.Script("hello", str(script), profile, 0, 1)},
         script_dirs=(),
         strict_modes=False,
-        runs_dir=str(tmp_path / "state" / "runs"),
+        store=ctrl_exec.RunStore(str(tmp_path / "state" / "runs"), None, 3600),
         locks_dir=str(tmp_path / "state" / "locks"),
         owners=frozenset(["control"]),
         host="here",
         max_output=1000,
         stdin_timeout=5,
         script_timeout=0,
-        retention=3600,
-        file_owner=None,
     )
 
 
@@ -43,7 +41,7 @@ def answer_to(rules, job):
     ours, theirs = socket.socketpair()
     with ours:
         ctrl_exec.send_job(ours, job)
-        ctrl_exec._serve_job(theirs, rules)
+        ctrl_exec.serve_job(theirs, rules)
         return json.loads(ours.makefile("rb").readline())
 
 
@@ -69,25 +67,25 @@ def test_a_name_that_could_be_a_path_is_refused(tmp_path, change):
     job = ctrl_exec.JobRequest("run", "id-1", "control", script="hello")._replace(**change)
     event = answer_to(rules, job)
     assert (event["event"], event["status"]) == ("refused", 400)
-    assert not os.path.exists(rules.runs_dir) or tree(rules.runs_dir) in ([], [rules.runs_dir + "/.swept"])
+    assert not os.path.exists(rules.store.directory) or tree(rules.store.directory) in ([], [rules.store.directory + "/.swept"])
 
 
 def test_a_front_cannot_name_a_dispatcher_that_is_not_trusted(tmp_path):
     rules = build_rules(tmp_path)
     event = answer_to(rules, ctrl_exec.JobRequest("run", "id-1", "stranger", script="hello"))
     assert (event["event"], event["code"]) == ("refused", "refused")
-    assert not os.path.exists(os.path.join(rules.runs_dir, "stranger"))
+    assert not os.path.exists(os.path.join(rules.store.directory, "stranger"))
 
 
 def test_a_record_of_another_run_is_not_given_out(tmp_path):
     rules = build_rules(tmp_path)
     record = ctrl_exec.RunRecord("other", "control", "hello", "here", "", "", "done", "", 0)
-    os.makedirs(os.path.join(rules.runs_dir, "control"))
-    path = os.path.join(rules.runs_dir, "control", "mine.json")
+    os.makedirs(os.path.join(rules.store.directory, "control"))
+    path = os.path.join(rules.store.directory, "control", "mine.json")
     with open(path, "w", encoding="ascii") as file:
         json.dump(record._asdict(), file)
     with pytest.raises(ctrl_exec.StorageError, match="mine.json"):
-        ctrl_exec.find_record(rules, "control", "mine")
+        ctrl_exec.find_record(rules.store, "control", "mine")
 
 
 def test_a_descriptor_that_is_no_socket_is_closed(tmp_path):

@@ -284,7 +284,7 @@ def test_ced_says_that_the_time_limit_ended_a_script(site):
 def test_the_most_specific_limit_counts_and_a_caller_can_only_shorten_it():
     def limit(asked, script, profile, agent):
         rules = ctrl_exec.JobRules(
-            {}, (), True, "", "", frozenset(), "h", 0, 1, agent, 3600, None
+            {}, (), True, ctrl_exec.RunStore("", None, 3600), "", frozenset(), "h", 0, 1, agent
         )  # fmt: skip
         settings = ctrl_exec.Profile("p", **dict(ctrl_exec.complete_profile({}), timeout=profile))
         return ctrl_exec._time_limit(rules, ctrl_exec.Script("s", "/x", settings, script, 1), asked)
@@ -712,10 +712,10 @@ def rules_of(host, **changes):
 
 def a_record(rules, reqid, **values):
     """Put a finished run on disk."""
-    directory = os.path.join(rules.runs_dir, "control")
+    directory = os.path.join(rules.store.directory, "control")
     os.makedirs(directory, exist_ok=True)
     record = ctrl_exec.RunRecord(reqid, "control", "s", "h", "", "", "done", "", 1)._replace(**values)
-    ctrl_exec.write_record(rules, record, new=True)
+    ctrl_exec.write_record(rules.store, record, new=True)
     for suffix in (".out", ".err"):
         with open(os.path.join(directory, reqid + suffix), "w", encoding="ascii"):
             pass
@@ -723,18 +723,18 @@ def a_record(rules, reqid, **values):
 
 def test_records_are_swept_when_their_retention_is_over(tmp_path, monkeypatch):
     rules = rules_of(support.Host(str(tmp_path / "h"), "h"))
-    assert rules.retention == 24 * 3600
+    assert rules.store.retention == 24 * 3600
     a_record(rules, "old")
-    directory, moment = os.path.join(rules.runs_dir, "control"), ctrl_exec.now()
+    directory, moment = os.path.join(rules.store.directory, "control"), ctrl_exec.now()
     monkeypatch.setattr(ctrl_exec, "now", lambda: moment + 23.5 * 3600)
-    ctrl_exec.sweep_records(rules)
+    ctrl_exec.sweep_records(rules.store)
     assert sorted(os.listdir(directory)) == ["old.err", "old.json", "old.out"]
     a_record(rules, "young")
     for suffix in (".json", ".out", ".err"):
         os.utime(os.path.join(directory, "young" + suffix), (moment + 23 * 3600,) * 2)
-    os.utime(os.path.join(rules.runs_dir, ".swept"), (moment,) * 2)
+    os.utime(os.path.join(rules.store.directory, ".swept"), (moment,) * 2)
     monkeypatch.setattr(ctrl_exec, "now", lambda: moment + 25 * 3600)
-    ctrl_exec.sweep_records(rules)
+    ctrl_exec.sweep_records(rules.store)
     assert sorted(os.listdir(directory)) == ["young.err", "young.json", "young.out"]
 
 
@@ -744,13 +744,13 @@ def test_a_sweep_leaves_what_is_outside_alone(tmp_path, monkeypatch):
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "precious").touch()
-    os.symlink(str(outside), os.path.join(rules.runs_dir, "linked"))
-    os.symlink(str(outside / "precious"), os.path.join(rules.runs_dir, "control", "x.json"))
+    os.symlink(str(outside), os.path.join(rules.store.directory, "linked"))
+    os.symlink(str(outside / "precious"), os.path.join(rules.store.directory, "control", "x.json"))
     moment = ctrl_exec.now()
     monkeypatch.setattr(ctrl_exec, "now", lambda: moment + 1000 * 3600)
-    ctrl_exec.sweep_records(rules)
-    assert os.listdir(os.path.join(rules.runs_dir, "control")) == []
-    assert (outside / "precious").exists() and os.path.islink(os.path.join(rules.runs_dir, "linked"))
+    ctrl_exec.sweep_records(rules.store)
+    assert os.listdir(os.path.join(rules.store.directory, "control")) == []
+    assert (outside / "precious").exists() and os.path.islink(os.path.join(rules.store.directory, "linked"))
 
 
 def test_a_sweep_never_takes_the_record_of_a_run_that_goes_on(site, tmp_path, monkeypatch):
@@ -760,11 +760,11 @@ def test_a_sweep_never_takes_the_record_of_a_run_that_goes_on(site, tmp_path, mo
     moment = ctrl_exec.now()
     monkeypatch.setattr(ctrl_exec, "now", lambda: moment + 1000 * 3600)
     try:
-        marker = os.path.join(rules.runs_dir, ".swept")
+        marker = os.path.join(rules.store.directory, ".swept")
         if os.path.exists(marker):
             os.utime(marker, (moment - 1000 * 3600,) * 2)
-        ctrl_exec.sweep_records(rules)
-        left = sorted(name for name in os.listdir(os.path.join(rules.runs_dir, "control")) if reqid in name)
+        ctrl_exec.sweep_records(rules.store)
+        left = sorted(name for name in os.listdir(os.path.join(rules.store.directory, "control")) if reqid in name)
     finally:
         gate.touch()
         status, answer = asked.wait()
