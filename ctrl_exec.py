@@ -88,6 +88,8 @@ MAX_HEAD = 32 * 1024  # bytes of request line and headers together
 MAX_JSON_DEPTH = 32  # levels; ours need 4, and the C parser's own limit differs between Pythons
 MAX_CSR = 10 * 1024  # bytes of PEM; RSA-4096 with long names needs 2 KiB
 MAX_ANSWER = 160 * 1024 * 1024  # two streams of 10 MiB of the worst case: 6 bytes of JSON for one, + base64
+MAX_LINE = 64 * 1024  # bytes of a streamed line that are held back until it ends
+MAX_STREAM = 2**40  # bytes of a streamed answer, which nobody holds
 MAX_STATE_FILE = 1024 * 1024  # any one of our own JSON files
 MAX_SIDECAR = 64 * 1024
 MAX_SUPERVISORS = 512  # runs at once on one agent; a front that runs wild costs this many processes, no more
@@ -105,6 +107,9 @@ LINGER_SECONDS = 2  # after a refusal: time for the peer to read it before the c
 DRAIN_SECONDS = 10  # SIGTERM: what is being answered may end
 KILL_GRACE_SECONDS = 5  # between TERM and KILL for a script past its time limit
 OUTPUT_GRACE_SECONDS = 0.5  # after a script's exit: what its background children may still write
+BEAT_SECONDS = 15  # between two signs of life on a silent stream: both ends notice a peer that has gone
+FOLLOW_SECONDS = 0.1  # how often a follower looks for new output of a run that another process writes
+MAX_RESULT_WAIT = 300  # one long poll; a caller that wants to wait longer asks again
 OPENSSL_SECONDS = 60  # RSA keys on a small board take 20
 MAX_PAIRING_WAIT = 600
 
@@ -674,6 +679,16 @@ def check_modes(path: str) -> None:
         part = "/" if target.startswith("/") else os.path.dirname(part)
 
 
+def is_current(descriptor: int, path: str) -> bool:
+    """Whether an open file is the one that `path` names now."""
+    try:
+        named = os.stat(path, follow_symlinks=False)
+    except OSError:
+        return False
+    held = os.fstat(descriptor)
+    return (named.st_dev, named.st_ino) == (held.st_dev, held.st_ino)
+
+
 class FileLock:
     """An exclusive flock(2) on a file of its own. The kernel frees it when its holder dies.
 
@@ -703,18 +718,10 @@ class FileLock:
                 raise StorageError("cannot lock %s: %s" % (self.path, error.strerror)) from error
             # A holder that released it meanwhile may have removed the file we opened: only the lock on
             # the file that the path names now is the lock.
-            if self._is_current(descriptor):
+            if is_current(descriptor, self.path):
                 self._descriptor = descriptor
                 return True
             os.close(descriptor)
-
-    def _is_current(self, descriptor: int) -> bool:
-        try:
-            named = os.stat(self.path)
-        except OSError:
-            return False
-        held = os.fstat(descriptor)
-        return (named.st_dev, named.st_ino) == (held.st_dev, held.st_ino)
 
     def write(self, text: str) -> None:
         """Say in the file who holds it; for people, never for deciding."""
@@ -724,8 +731,9 @@ class FileLock:
         except OSError as error:
             raise StorageError("cannot write the lock %s: %s" % (self.path, error.strerror)) from error
 
-    def descriptor(self) -> int:
-        return self._descriptor
+    def read(self) -> str:
+        """What the last holder wrote."""
+        return os.pread(self._descriptor, 1024, 0).decode("utf-8", "replace")
 
     def release(self) -> None:
         if self._descriptor < 0:
@@ -786,16 +794,60 @@ def raise_descriptor_limit() -> int:
 def reset_signals() -> None:
     """Give a new process the signal handling it expects: Python ignores SIGPIPE, and children inherit it."""
     signal.set_wakeup_fd(-1)
-    for number in (
-        signal.SIGPIPE,
-        signal.SIGXFSZ,
-        signal.SIGTERM,
-        signal.SIGINT,
-        signal.SIGHUP,
-        signal.SIGCHLD,
-    ):
-        signal.signal(number, signal.SIG_DFL)
+    for name in ("PIPE", "XFSZ", "TERM", "INT", "HUP", "CHLD", "USR1", "ALRM"):
+        signal.signal(signal.Signals["SIG" + name], signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+
+def is_sweep_due(directory: str, retention: float) -> bool:
+    """Whether a directory is due for a sweep, which happens at most once in a twenty-fourth of the time that
+    its files are kept (seconds). Saying yes counts as a sweep. Raises StorageError."""
+    marker = os.path.join(directory, ".swept")
+    if os.path.exists(marker) and 0 <= now() - os.stat(marker).st_mtime < retention / 24:
+        return False
+    write_atomic(marker, b"")
+    return True
+
+
+class Process(NamedTuple):
+    """A process as /proc describes it (proc(5))."""
+
+    pid: int
+    name: str
+    group: int
+    session: int
+    birth: str  # tells it from another process that got the same number later: ticks since boot, boot
+
+    def has_variables(self, texts: tuple) -> bool:
+        """Whether it was started with these `NAME=value` in its environment."""
+        try:
+            with open("/proc/%d/environ" % self.pid, "rb") as file:
+                return {text.encode("ascii") for text in texts} <= set(file.read(MAX_STATE_FILE).split(b"\0"))
+        except OSError:  # gone, or another user's
+            return False
+
+
+def find_process(pid: int) -> Optional[Process]:
+    """A process that runs, or None when it is gone or only waits to be reaped."""
+    try:
+        with open("/proc/%d/stat" % pid, "rb") as file:
+            first, _, rest = file.read(4096).rpartition(b") ")
+        with open("/proc/sys/kernel/random/boot_id", "rb") as file:
+            boot = file.read(8)
+    except OSError:
+        return None
+    fields = rest.split()  # from the third field of proc_pid_stat(5) on: state, parent, group, session, ...
+    if fields[0] in (b"Z", b"X"):
+        return None
+    name = printable(first.partition(b" (")[2].decode("utf-8", "replace"))
+    birth = "%s@%s" % (fields[19].decode("ascii"), boot.decode("ascii"))
+    return Process(pid, name, int(fields[2]), int(fields[3]), birth)
+
+
+def list_processes() -> list:
+    """All processes that run now."""
+    found = (find_process(int(name)) for name in os.listdir("/proc") if name.isdigit())
+    return [process for process in found if process is not None]
 
 
 # --- helper programs ------------------------------------------------------------------------------------
@@ -1035,11 +1087,11 @@ SETTINGS = (
         "run_retention_hours",
         parse_positive,
         "24",
-        "hours a run record is kept (not built yet)",
+        "hours a run record is kept",
     ),
     Setting("dispatcher", "registry_dir", parse_path, VAR + "/agents", "one JSON file per paired agent"),
     Setting("dispatcher", "lock_dir", parse_path, VAR + "/locks", "locks of running host:script pairs"),
-    Setting("dispatcher", "runs_dir", parse_path, VAR + "/runs", "run records (not built yet)"),
+    Setting("dispatcher", "runs_dir", parse_path, VAR + "/runs", "run records"),
     Setting("dispatcher", "pairing_dir", parse_path, VAR + "/pairing", "pairing requests that wait"),
     Setting(
         "dispatcher",
@@ -2336,6 +2388,7 @@ class Field(NamedTuple):
     kind: type
     required: bool = False
     most: int = MAX_BODY  # characters of a string, entries of a list, or the largest number
+    least: int = 0  # the smallest number
 
 
 _KIND_NAMES = {
@@ -2375,8 +2428,9 @@ def parse_fields(data: bytes, fields: tuple) -> dict:
             raise BadRequest("field `%s` must be %s" % (field.name, _KIND_NAMES[field.kind]), field.name)
         if field.kind is str:
             _check_text(value, field)
-        elif field.kind is int and not 0 <= value <= field.most:
-            raise BadRequest("field `%s` must be from 0 to %d" % (field.name, field.most), field.name)
+        elif field.kind is int and not field.least <= value <= field.most:
+            limits = (field.name, field.least, field.most)
+            raise BadRequest("field `%s` must be from %d to %d" % limits, field.name)
         elif field.kind is list:
             if len(value) > field.most or not all(type(entry) is str for entry in value):
                 raise BadRequest("field `%s` must be %s" % (field.name, _KIND_NAMES[list]), field.name)
@@ -2492,6 +2546,7 @@ class Response(NamedTuple):
     status: int
     body: Any  # dict, or an iterator of bytes
     close: bool = False
+    is_live: bool = False  # each chunk is sent as it comes, and is one or more lines of JSON
 
 
 def write_response(
@@ -2499,11 +2554,12 @@ def write_response(
 ) -> None:
     """Send an answer. Short ones leave in one write; long ones are chunked, or end with the connection."""
     chunks = iter([encode_json(response.body)] if isinstance(response.body, dict) else response.body)
-    first = next(chunks, b"")
-    second = next(chunks, None)
+    first = b"" if response.is_live else next(chunks, b"")
+    second = b"" if response.is_live else next(chunks, None)
+    kind = "application/x-ndjson" if response.is_live else "application/json"
     lines = [
         "HTTP/%s %d %s" % (version, response.status, _REASONS.get(response.status, "")),
-        "Content-Type: application/json",
+        "Content-Type: " + kind,
     ]
     chunked = second is not None and version == "1.1"
     if second is None:
@@ -2976,6 +3032,43 @@ def _connect(address: str, port: int, deadline: Deadline) -> socket.socket:
     raise TransportError("%s port %d is unreachable: %s" % (address, port, reason))
 
 
+class Patience:
+    """A deadline that begins anew with every wait: for a stream, where only silence is a fault."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def left(self) -> float:
+        return self.seconds
+
+
+class _Truth:
+    """Turns what goes wrong with a request into a TransportError that tells whether the host can have acted:
+    `unreachable` when it cannot, `timeout` when the deadline passed, `unknown` otherwise."""
+
+    def __init__(self, name: str, deadline: Any) -> None:
+        self._name = name
+        self._seconds = deadline.seconds
+        self.sent = False
+
+    def __enter__(self) -> "_Truth":
+        return self
+
+    def __exit__(self, _: object, error: Optional[BaseException], __: object) -> None:
+        state = "unknown" if self.sent else "unreachable"
+        if isinstance(error, socket.timeout):
+            raise TransportError("read timeout after %gs" % self._seconds, state="timeout") from None
+        if isinstance(error, ssl.SSLError):
+            # With TLS 1.3 the server judges our certificate after our handshake has succeeded: a refusal
+            # arrives here, as an alert, and is no lost answer.
+            state = "unreachable" if "ALERT" in (error.reason or "") else state
+            raise TransportError("%s: %s" % (self._name, describe_tls_error(error)), state) from error
+        if isinstance(error, OSError):
+            raise TransportError("%s closed the connection before it answered" % self._name, state) from error
+        if isinstance(error, (BadRequest, TooLarge, HeadTooLarge)):
+            raise TransportError("%s: %s" % (self._name, error.message), "unknown") from error
+
+
 class Connection:
     """One TLS connection to one host."""
 
@@ -3028,26 +3121,12 @@ class Connection:
         Raises TransportError: `timeout` when the deadline passed, `unknown` when the connection broke after
         the request had left, `unreachable` when it cannot have arrived.
         """
-        sent = False
-        try:
+        with _Truth(self._name, deadline) as truth:
             self._send(encode_request(method, path, self._name.split()[0], body, keep), deadline)
-            sent = True
+            truth.sent = True
             answer = read_answer(self._channel, deadline)
             data = b"".join(read_body(self._channel, answer, deadline, limit))
             return answer.status, parse_json(data)  # with the same distrust as a request
-        except socket.timeout:
-            raise TransportError("read timeout after %gs" % deadline.seconds, state="timeout") from None
-        except ssl.SSLError as error:
-            # With TLS 1.3 the server judges our certificate after our handshake has succeeded: a refusal
-            # arrives here, as an alert, and is no lost answer.
-            refused = "ALERT" in (error.reason or "")
-            state = "unreachable" if refused or not sent else "unknown"
-            raise TransportError("%s: %s" % (self._name, describe_tls_error(error)), state) from error
-        except OSError as error:
-            state = "unknown" if sent else "unreachable"
-            raise TransportError("%s closed the connection before it answered" % self._name, state) from error
-        except (BadRequest, TooLarge, HeadTooLarge) as error:
-            raise TransportError("%s: %s" % (self._name, error.message), "unknown") from error
 
     def _send(self, data: bytes, deadline: Deadline) -> None:
         """Write a request. A peer that has refused our certificate may have closed already: its alert waits
@@ -3067,16 +3146,26 @@ class Connection:
                 pass
             raise broken
 
-    def request_lines(self, path: str, body: dict, deadline: Deadline) -> Iterator[dict]:
-        """POST, and yield the JSON objects of the answer, one a line, as they come. Raises as `read_body`."""
-        self._channel.write(encode_request("POST", path, self._name.split()[0], body, True), WRITE_SECONDS)
-        answer = read_answer(self._channel, deadline)
-        rest = b""
-        for piece in read_body(self._channel, answer, deadline, MAX_PAIRING_BODY):
-            *lines, rest = (rest + piece).split(b"\n")
-            yield from (parse_json(line) for line in lines)
-        if rest:
-            yield parse_json(rest)
+    def request_lines(
+        self, method: str, path: str, body: Optional[dict], deadline: Any, limit: int = MAX_STREAM
+    ) -> Iterator[tuple]:
+        """Send a request, and yield (status, object) for each line of its answer as it comes.
+
+        `deadline` is a Deadline or a Patience. Raises TransportError, as `request`.
+        """
+        with _Truth(self._name, deadline) as truth:
+            self._send(encode_request(method, path, self._name.split()[0], body, True), deadline)
+            truth.sent = True
+            answer = read_answer(self._channel, deadline)
+            rest = b""
+            for piece in read_body(self._channel, answer, deadline, limit):
+                *lines, rest = (rest + piece).split(b"\n")
+                for line in lines:
+                    yield answer.status, parse_json(line)
+                if len(rest) > MAX_ANSWER:
+                    raise TooLarge("a line of the answer has more than %d bytes" % MAX_ANSWER)
+            if rest:
+                yield answer.status, parse_json(rest)
 
     def descriptor(self) -> int:
         return self._tls.fileno()
@@ -3094,21 +3183,15 @@ class Connection:
         self.close()
 
 
-def call_agent(
-    target: Target,
-    context: ssl.SSLContext,
-    revoked: frozenset,
-    method: str,
-    path: str,
-    body: Optional[dict],
-    connect_seconds: float,
-    read_seconds: float,
-) -> tuple:
-    """One request to one agent, which must be the one registered: (status, object). Raises TransportError."""
-    with Connection(target.address, target.port, context, connect_seconds) as connection:
+def connect_agent(target: Target, context: ssl.SSLContext, revoked: frozenset, seconds: float) -> Connection:
+    """A connection to an agent, which must be the one registered. Raises TransportError."""
+    connection = Connection(target.address, target.port, context, seconds)
+    try:
         connection.check_identity(target.cert_name, revoked)
-        limit = MAX_ANSWER if path == "/run" else 16 * MAX_BODY  # capabilities carry sidecars of 64 KiB
-        return connection.request(method, path, body, Deadline(read_seconds), limit=limit)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 # ======================================================================================================
@@ -3524,7 +3607,10 @@ class RunStore(NamedTuple):
 
 
 class RunRecord(NamedTuple):
-    """One run, as its record on disk says. Output lies beside it; arguments and tokens are not kept."""
+    """One run, as its record on disk says. Output lies beside it; arguments and tokens are not kept.
+
+    running ──→ done, in exactly one way: by itself (exit or signal), timed_out, cancelled, interrupted
+    """
 
     reqid: str
     owner: str
@@ -3535,13 +3621,20 @@ class RunRecord(NamedTuple):
     status: str  # running or done
     started: str  # ISO 8601
     pid: int  # of the script, which leads its own session and process group
+    birth: str = ""  # of that process, see Process
+    supervisor: int = 0  # the process that watches it; means nothing unless the run is claimed
     finished: str = ""
     exit: int = -1
     signal: str = ""
     timed_out: bool = False
+    cancelled: bool = False
+    interrupted: bool = False  # its supervisor was killed
     stdout_truncated: int = 0  # bytes that were dropped
     stderr_truncated: int = 0
     error: str = ""
+
+
+STREAMS = {"stdout": ".out", "stderr": ".err"}  # and the file that each is kept in
 
 
 def record_path(store: RunStore, owner: str, reqid: str, suffix: str) -> str:
@@ -3552,9 +3645,28 @@ def record_path(store: RunStore, owner: str, reqid: str, suffix: str) -> str:
 
 
 def write_record(store: RunStore, record: RunRecord, new: bool) -> None:
-    """Write a run's record. Raises StorageError, and FileExistsError when a new one's id is taken."""
+    """Write a run's record. Raises StorageError, and FileExistsError when a new one's id is taken.
+
+    On a full disk an existing record is overwritten where it stands: it is smaller than the one block that it
+    has already, and that a script ended is worth more than that no reader ever meets half a file.
+    """
     path = record_path(store, record.owner, record.reqid, ".json")
-    write_atomic(path, encode_state(record._asdict()), mode=0o640, owner=store.file_owner, replace=not new)
+    data = encode_state(record._asdict())
+    try:
+        write_atomic(path, data, mode=0o640, owner=store.file_owner, replace=not new)
+    except StorageError:
+        if new:
+            raise
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as error:
+            raise StorageError("cannot write %s: %s" % (path, error.strerror)) from error
+        try:
+            os.pwrite(descriptor, data.ljust(os.fstat(descriptor).st_size), 0)
+        except OSError as error:
+            raise StorageError("cannot write %s: %s" % (path, error.strerror)) from error
+        finally:
+            os.close(descriptor)
 
 
 def find_record(store: RunStore, owner: str, reqid: str) -> Optional[RunRecord]:
@@ -3572,8 +3684,36 @@ def find_record(store: RunStore, owner: str, reqid: str) -> Optional[RunRecord]:
     return record
 
 
-def _is_held(path: str) -> bool:
-    """Whether a supervisor writes to this output file: it holds a lock on it, which dies with it."""
+# A run is claimed while its supervisor lives: it holds a lock on the run's .out file, and the kernel takes
+# that back when it dies, however it dies. A record that says `running` without a claim was interrupted.
+
+
+def claim_run(store: RunStore, owner: str, reqid: str) -> int:
+    """The descriptor of a run's .out file, locked, or -1 when another process has claimed the run.
+
+    Raises StorageError.
+    """
+    path = record_path(store, owner, reqid, ".out")
+    make_directory(os.path.dirname(path), 0o750, store.file_owner)
+    while True:
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                return -1
+            if store.file_owner is not None:
+                os.fchown(descriptor, store.file_owner.uid, store.file_owner.gid)
+        except OSError as error:
+            raise StorageError("cannot write %s: %s" % (path, error.strerror)) from error
+        if is_current(descriptor, path):  # and not one that was removed meanwhile
+            return descriptor
+        os.close(descriptor)
+
+
+def is_claimed(path: str) -> bool:
+    """Whether the run with this .out file has a supervisor."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
@@ -3587,20 +3727,53 @@ def _is_held(path: str) -> bool:
         os.close(descriptor)
 
 
-def sweep_records(store: RunStore) -> None:
-    """Remove what is older than the retention, at most once in a twenty-fourth of it; never raises."""
-    marker = os.path.join(store.directory, ".swept")
+class _Enough(Exception):
+    """Waiting longer is of no use."""
+
+
+def wait_for_end(store: RunStore, owner: str, reqid: str, is_over: Callable) -> None:
+    """Wait until a run is claimed no more, in the kernel's queue for its lock; or until `is_over()`, which is
+    asked twice a second."""
+
+    def look(*_: object) -> None:
+        if is_over():
+            raise _Enough
+
     try:
-        if os.path.exists(marker) and now() - os.stat(marker).st_mtime < store.retention / 24:
+        descriptor = os.open(record_path(store, owner, reqid, ".out"), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return
+    signal.signal(signal.SIGALRM, look)
+    try:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except _Enough:
+        pass
+    os.close(descriptor)
+
+
+def _age(path: str) -> float:
+    """Seconds since a run's files were of use: since its record was written last, or else the file itself."""
+    record = os.path.splitext(path)[0] + ".json"
+    return now() - os.stat(record if os.path.exists(record) else path, follow_symlinks=False).st_mtime
+
+
+def sweep_records(store: RunStore) -> None:
+    """Remove what is older than the retention; never raises."""
+    try:
+        if not is_sweep_due(store.directory, store.retention):
             return
-        write_atomic(marker, b"")
         for owner in os.scandir(store.directory):
             if owner.is_dir(follow_symlinks=False):
-                for entry in os.scandir(owner.path):
-                    if _is_held(os.path.splitext(entry.path)[0] + ".out"):
-                        continue  # a run that goes on
-                    if now() - entry.stat(follow_symlinks=False).st_mtime > store.retention:
-                        os.unlink(entry.path)
+                names = [entry.path for entry in os.scandir(owner.path)]
+                for path in sorted(
+                    names, reverse=True
+                ):  # .out and .err before the .json that tells their age
+                    if _age(path) > store.retention and not is_claimed(os.path.splitext(path)[0] + ".out"):
+                        os.unlink(path)
     except (OSError, StorageError) as error:
         LOG.event("run-store-fail", MESSAGE="sweep: %s" % error)
 
@@ -3648,14 +3821,22 @@ def _is_utf8(path: str) -> bool:
             return False
 
 
+def describe_run(record: RunRecord) -> dict:
+    """A run without its output, as answers and events tell of it."""
+    facts = {"script": record.script, "exit": record.exit, "reqid": record.reqid, "host": record.host}
+    if record.status != "done":
+        del facts["exit"]
+    facts.update(status=record.status, owner=record.owner, started=record.started)
+    optional = ("finished", "signal", "timed_out", "cancelled", "interrupted")
+    optional += ("stdout_truncated", "stderr_truncated", "error")
+    facts.update({key: getattr(record, key) for key in optional if getattr(record, key)})
+    return facts
+
+
 def render_result(store: RunStore, record: RunRecord) -> Iterator[bytes]:
     """A run's result as JSON text in pieces: whatever a script has written is never whole in memory."""
-    facts = {"script": record.script, "exit": record.exit, "reqid": record.reqid, "host": record.host}
-    facts.update({"started": record.started, "finished": record.finished})
-    optional = ("signal", "timed_out", "stdout_truncated", "stderr_truncated", "error")
-    facts.update({key: getattr(record, key) for key in optional if getattr(record, key)})
-    yield encode_json(facts)[:-1]
-    for stream, suffix in (("stdout", ".out"), ("stderr", ".err")):
+    yield encode_json(describe_run(record))[:-1]
+    for stream, suffix in STREAMS.items():
         path = record_path(store, record.owner, record.reqid, suffix)
         if not os.path.exists(path):
             yield b',"%s":""' % stream.encode("ascii")
@@ -3668,6 +3849,114 @@ def render_result(store: RunStore, record: RunRecord) -> Iterator[bytes]:
             yield from _render_base64(path)
             yield b'"'
     yield b"}"
+
+
+# --- the same as events, while it runs ------------------------------------------------------------------
+
+_PIECE = 32768  # bytes of output in one event
+
+
+def _whole_characters(data: bytes) -> int:
+    """How many bytes of `data` end between two characters of UTF-8 (RFC 3629), as far as can be told."""
+    for back in range(1, min(4, len(data) + 1)):
+        byte = data[-back]
+        if byte >= 0xC0:
+            length = 4 if byte >= 0xF0 else 3 if byte >= 0xE0 else 2
+            return len(data) - back if length > back else len(data)
+        if byte < 0x80:
+            break
+    return len(data)
+
+
+class Window:
+    """A run's output as a stream of events to whoever follows it, read back from disk at his own pace: one
+    who stalls delays neither the script nor others, and whoever comes later sees the same.
+
+    Each event is one line of JSON: {"event": "output", "stream", "offset", "data", "base64"?}, {"event":
+    "beat"}, and at last {"event": "end", ...} with what `describe_run` says. `offset` is where in its stream
+    the event ends, to go on from there over another connection.
+    """
+
+    def __init__(
+        self, channel: socket.socket, store: RunStore, owner: str, reqid: str, offsets: dict
+    ) -> None:
+        """`offsets`: where to begin in each stream; -1 is what its end is now."""
+        self.channel = channel
+        self._paths = {name: record_path(store, owner, reqid, suffix) for name, suffix in STREAMS.items()}
+        self._files: dict = {}
+        self._offsets = dict(offsets)
+        self._outgoing = b""
+        self._beat = Deadline(BEAT_SECONDS)
+        self.is_open = True
+        for stream, offset in offsets.items():
+            self._open(stream)
+            if offset < 0:
+                size = os.fstat(self._files[stream]).st_size if stream in self._files else 0
+                self._offsets[stream] = size
+
+    def _open(self, stream: str) -> None:
+        try:
+            self._files[stream] = os.open(self._paths[stream], os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:  # nothing there: nothing to tell
+            pass
+
+    def _next_event(self, final: bool) -> bytes:
+        """The next piece of output, or nothing when there is none yet."""
+        for stream, file in self._files.items():
+            data = os.pread(file, _PIECE, self._offsets[stream])
+            if not final or len(data) == _PIECE:
+                data = data[: _whole_characters(data)]
+            if not data:
+                continue
+            self._offsets[stream] += len(data)
+            event = {"event": "output", "stream": stream, "offset": self._offsets[stream]}
+            try:
+                event["data"] = data.decode("utf-8")
+            except UnicodeDecodeError:
+                import base64
+
+                event.update(data=data.decode("utf-8", "replace"), base64=base64.b64encode(data).decode())
+            return encode_json(event) + b"\n"
+        return b""
+
+    def pump(self, final: bool = False) -> bool:
+        """Send what there is and the follower takes now; whether more waits for him."""
+        self.channel.setblocking(False)
+        for _ in range(16):  # then it is the script's turn
+            if not self._outgoing:
+                self._outgoing = self._next_event(final)
+                if not self._outgoing and self._beat.is_over():
+                    self._outgoing = encode_json({"event": "beat"}) + b"\n"
+            if not self._outgoing or not self.is_open:
+                return False
+            try:
+                sent = self.channel.send(self._outgoing)
+            except BlockingIOError:
+                return True
+            except OSError:
+                self.is_open = False
+                return False
+            self._outgoing = self._outgoing[sent:]
+            self._beat = Deadline(BEAT_SECONDS)
+        return True
+
+    def wait_seconds(self) -> float:
+        """Until the next sign of life is due."""
+        return self._beat.left()
+
+    def finish(self, record: RunRecord) -> None:
+        """Send what is left, and how it ended."""
+        poller = select.poll()
+        poller.register(self.channel.fileno(), select.POLLOUT)
+        while self.pump(final=True):
+            if not poller.poll(WRITE_SECONDS * 1000):
+                return
+        if self.is_open:
+            self.channel.settimeout(WRITE_SECONDS)
+            try:
+                self.channel.sendall(encode_json(dict(describe_run(record), event="end")) + b"\n")
+            except OSError:
+                pass
 
 
 # ======================================================================================================
@@ -3695,9 +3984,9 @@ class JobRules(NamedTuple):
 
 
 class JobRequest(NamedTuple):
-    """What the front asks an executor for: to run a script, or to look at the allowlist's files."""
+    """What the front asks an executor for; `operation` is `run` or one of `_QUESTIONS`."""
 
-    operation: str  # run or inspect
+    operation: str
     reqid: str = ""
     owner: str = ""  # the dispatcher's id, from its certificate
     peer_ip: str = ""
@@ -3706,19 +3995,29 @@ class JobRequest(NamedTuple):
     username: str = ""
     token: str = ""
     timeout: int = 0  # seconds; can only shorten what the agent's files allow
+    mode: str = "sync"  # of a run: sync, async or stream
+    wait: int = 0  # seconds that a result may be waited for
+    stdout: int = 0  # where to begin following; -1: what is written from now on
+    stderr: int = 0
 
 
 # --- starting a script ----------------------------------------------------------------------------------
 
 
 class _Plan(NamedTuple):
-    """All that the forked child needs to become the script."""
+    """All that a process needs to become the script."""
 
     path: str
     args: tuple
     environment: dict
     account: Account
     profile: Profile
+
+
+def _decode_plan(data: bytes) -> _Plan:
+    """A plan as our own process wrote it."""
+    values = json.loads(data)
+    return _Plan(**dict(values, account=Account(*values["account"]), profile=Profile(*values["profile"])))
 
 
 class _Started(NamedTuple):
@@ -3772,7 +4071,6 @@ def _apply_profile(plan: _Plan) -> None:
 
 def _become_script(plan: _Plan, descriptors: tuple) -> None:
     """In the child: never returns normally."""
-    os.setsid()
     for number, descriptor in enumerate(descriptors):
         os.dup2(descriptor, number)  # all our other descriptors are close-on-exec
     reset_signals()
@@ -3782,53 +4080,68 @@ def _become_script(plan: _Plan, descriptors: tuple) -> None:
     os.execve(plan.path, [plan.path, *plan.args], plan.environment)
 
 
-def start_script(plan: _Plan) -> _Started:
-    """Fork and execute, no shell. Raises OSError from the child's attempt, Unavailable when there is none."""
-    try:
-        pipes = [os.pipe() for _ in range(4)]  # stdin, stdout, stderr, and the child's word about exec
-        theirs = (pipes[0][0], pipes[1][1], pipes[2][1], pipes[3][1])
-        ours = (pipes[0][1], pipes[1][0], pipes[2][0], pipes[3][0])
-        pid = os.fork()
-    except OSError as error:  # our caller is a supervisor, and ends: the kernel closes the pipes
-        raise Unavailable("cannot start a process: %s" % error.strerror, "try again later") from error
-    if pid == 0:
+class Stage:
+    """A process that waits to be told which script to become. It is forked before anybody asks for a run,
+    which takes its cost off the run; and it ends by itself when we do, so that a run's record can be on disk,
+    with the script's pid, before the script does anything."""
+
+    def __init__(self) -> None:
+        """Fork, no shell. Raises Unavailable when there is no process to be had."""
         try:
-            _become_script(plan, theirs[:3])
+            pipes = [os.pipe() for _ in range(5)]  # stdin, stdout, stderr, our plan, its word about exec
+            theirs = (pipes[0][0], pipes[1][1], pipes[2][1], pipes[3][0], pipes[4][1])
+            self._ours = (pipes[0][1], pipes[1][0], pipes[2][0], pipes[3][1], pipes[4][0])
+            self.pid = os.fork()
+        except OSError as error:  # our caller is a supervisor, and ends: the kernel closes the pipes
+            raise Unavailable("cannot start a process: %s" % error.strerror, "try again later") from error
+        if self.pid == 0:
+            self._wait(theirs)
+        for descriptor in theirs:
+            os.close(descriptor)
+
+    def _wait(self, theirs: tuple) -> None:
+        """The process's own life; never returns."""
+        try:
+            os.setsid()
+            close_descriptors([LOG.descriptor(), *theirs])
+            with open(theirs[3], "rb") as file:
+                text = file.read()
+            if text:
+                _become_script(_decode_plan(text), theirs[:3])
         except BaseException as error:
             code = getattr(error, "errno", None) or 0
-            os.write(
-                theirs[3], b"%d %s" % (code, str(getattr(error, "strerror", None) or error).encode("utf-8"))
-            )
+            said = "%d %s" % (code, getattr(error, "strerror", None) or error)
+            os.write(theirs[4], said.encode("utf-8", "replace"))
         finally:
             os._exit(126)
-    for descriptor in theirs:
-        os.close(descriptor)
-    failure = os.read(ours[3], 4096)  # ends when exec has closed the other end, or with the child's word
-    os.close(ours[3])
-    if failure:
-        os.waitpid(pid, 0)
-        for descriptor in ours[:3]:
+
+    def play(self, plan: _Plan) -> _Started:
+        """Let it execute the script. Raises OSError from its attempt."""
+        with open(self._ours[3], "wb") as file:
+            file.write(encode_json(plan._asdict()))
+        failure = os.read(self._ours[4], 4096)  # ends when exec has closed the other end, or with its word
+        os.close(self._ours[4])
+        if failure:
+            os.waitpid(self.pid, 0)
+            code, _, text = failure.decode("utf-8", "replace").partition(" ")
+            raise OSError(int(code), text)
+        return _Started(self.pid, *self._ours[:3])
+
+    def close(self) -> None:
+        """There is nothing to play."""
+        for descriptor in self._ours:
             os.close(descriptor)
-        code, _, text = failure.decode("utf-8", "replace").partition(" ")
-        raise OSError(int(code), text)
-    return _Started(pid, *ours[:3])
+        os.waitpid(self.pid, 0)
 
 
 # --- watching it ----------------------------------------------------------------------------------------
 
 
 class _Spool:
-    """An output stream on disk: keeps the first `limit` bytes and counts the rest."""
+    """An output stream on its way to a file: keeps the first `limit` bytes and counts the rest."""
 
-    def __init__(self, path: str, limit: int, owner: Optional[Owner]) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-        try:
-            self._descriptor = os.open(path, flags, 0o640)
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # so that no sweep takes it
-            if owner is not None:
-                os.fchown(self._descriptor, owner.uid, owner.gid)
-        except OSError as error:
-            raise StorageError("cannot write %s: %s" % (path, error.strerror)) from error
+    def __init__(self, descriptor: int, limit: int) -> None:
+        self._descriptor = descriptor
         self._room = limit
         self.dropped = 0
 
@@ -3850,19 +4163,30 @@ class _Watch:
     """Feeds a script its request, takes its output, keeps its time limit, and waits for its end.
 
     running ──exit──→ draining (what background children still write, OUTPUT_GRACE_SECONDS) ──→ over
-       └──time limit──→ TERM to the group ──KILL_GRACE_SECONDS──→ KILL ──exit──→ draining
+       └──time limit, SIGUSR1 (cancel)──→ TERM to the group ──KILL_GRACE_SECONDS──→ KILL ──exit──→ draining
     """
 
-    def __init__(self, script: _Started, stdin: bytes, spools: tuple, rules: JobRules, seconds: int) -> None:
+    def __init__(
+        self,
+        script: _Started,
+        stdin: bytes,
+        spools: tuple,
+        stdin_seconds: float,
+        limit: int,
+        window: Optional[Window],
+    ) -> None:
         self._script = script
         self._stdin = memoryview(stdin)
         self._sinks = {script.stdout: spools[0], script.stderr: spools[1]}
-        self._stdin_deadline = Deadline(rules.stdin_timeout)
-        self._limit = Deadline(seconds) if seconds else None
+        self._stdin_deadline = Deadline(stdin_seconds)
+        self._limit = Deadline(limit) if limit else None
         self._kill: Optional[Deadline] = None
         self._drain: Optional[Deadline] = None
+        self._cancel_asked = False
+        self._window = window
         self.wait_status: Optional[int] = None
         self.timed_out = False
+        self.cancelled = False
         self.stdin_timed_out = False
         self._poller = select.poll()
         for descriptor in (script.stdout, script.stderr):
@@ -3879,32 +4203,71 @@ class _Watch:
         os.set_blocking(wake, False)
         signal.set_wakeup_fd(signaled, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)  # so that it ends a poll
+        signal.signal(signal.SIGUSR1, self._ask_cancel)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
         self._poller.register(wake, select.POLLIN)
         while True:
             self._look()  # after the handler is in place: an end before it would wake nobody
             if self._is_over():
                 break
+            self._show()
             for descriptor, _ in self._poller.poll(self._next_wait()):
                 if descriptor == wake:
                     os.read(wake, 512)
                 elif descriptor == self._script.stdin:
                     self._feed()
-                else:
+                elif descriptor in self._sinks:
                     self._take(descriptor)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
         signal.set_wakeup_fd(-1)
         if self._stdin_open:
             self._close_stdin()
         for descriptor in (*self._sinks, wake, signaled):
             os.close(descriptor)
 
+    def _ask_cancel(self, *_: object) -> None:
+        self._cancel_asked = True
+
+    def _show(self) -> None:
+        """Let whoever follows have what is new; be woken when he can take more."""
+        if self._window is None:
+            return
+        descriptor = self._window.channel.fileno()
+        if self._window.pump():
+            self._poller.register(descriptor, select.POLLOUT)
+            return
+        try:
+            self._poller.unregister(descriptor)
+        except KeyError:
+            pass
+        if not self._window.is_open:
+            self._window = None
+
     def _is_over(self) -> bool:
-        return self._drain is not None and (not self._sinks or self._drain.is_over())
+        if self._drain is None or self._is_lingering():
+            return False
+        return not self._sinks or self._drain.is_over()
+
+    def _is_lingering(self) -> bool:
+        """Whether the script has ended at our TERM, and others of its group still use their grace."""
+        if self._kill is None or self.wait_status is None:
+            return False
+        try:
+            os.killpg(self._script.pid, 0)
+            return True
+        except OSError:
+            self._kill = None
+            return False
 
     def _next_wait(self) -> float:
         """Milliseconds until something is due."""
         due = [deadline.left() for deadline in (self._limit, self._kill, self._drain) if deadline is not None]
         if self._stdin_open:
             due.append(self._stdin_deadline.left())
+        if self._window is not None:
+            due.append(self._window.wait_seconds())
+        if self.wait_status is not None and self._kill is not None:
+            due.append(0.05)  # nothing tells of the end of processes that are not our children
         return max(1, int(min(due) * 1000) + 1) if due else 3600_000
 
     def _feed(self) -> None:
@@ -3941,20 +4304,24 @@ class _Watch:
             pid, status = os.waitpid(self._script.pid, os.WNOHANG)
             if pid:
                 self.wait_status = status
-                self._limit = self._kill = None
+                self._limit = None
                 self._drain = Deadline(OUTPUT_GRACE_SECONDS)
-                if self.timed_out:
-                    self._signal_group(signal.SIGKILL)  # what it leaves behind has had the same limit
         if self._stdin_open and self._stdin_deadline.is_over():
             self.stdin_timed_out = bool(self._stdin)
             self._close_stdin()
         if self._limit is not None and self._limit.is_over():
             self.timed_out = True
-            self._limit, self._kill = None, Deadline(KILL_GRACE_SECONDS)
-            self._signal_group(signal.SIGTERM)
+            self._end_group()
+        if self._cancel_asked and not (self.cancelled or self.timed_out) and self.wait_status is None:
+            self.cancelled = True
+            self._end_group()
         if self._kill is not None and self._kill.is_over():
             self._kill = None
             self._signal_group(signal.SIGKILL)
+
+    def _end_group(self) -> None:
+        self._limit, self._kill = None, Deadline(KILL_GRACE_SECONDS)
+        self._signal_group(signal.SIGTERM)
 
     def _signal_group(self, number: int) -> None:
         try:
@@ -3966,14 +4333,106 @@ class _Watch:
 # --- the supervisor -------------------------------------------------------------------------------------
 
 
-def _take_slot(rules: JobRules, script: Script, reqid: str) -> FileLock:
+def find_run_processes(record: RunRecord) -> list:
+    """The processes that a run still has: those of its session, and those that left it but were started with
+    its request id. A number that belongs to somebody else's process by now is not believed."""
+    marks = ("CTRL_EXEC_REQID=" + record.reqid, "CTRL_EXEC_DISPATCHER=" + record.owner)
+    leader = find_process(record.pid)
+    is_ours = leader is not None and leader.birth == record.birth
+    return [
+        process
+        for process in list_processes()
+        if process.pid != os.getpid()
+        and ((is_ours and process.session == record.pid) or process.has_variables(marks))
+    ]
+
+
+def _kill_session(record: RunRecord, number: int) -> bool:
+    """Send a signal to what is left of a run's session; whether there was anything left."""
+    left = [process for process in find_run_processes(record) if process.session == record.pid]
+    for process in left:
+        try:
+            os.kill(process.pid, number)
+        except OSError:  # gone meanwhile
+            pass
+    return bool(left)
+
+
+def _end_session(record: RunRecord) -> None:
+    """TERM, and KILL after the grace, to what is left of a run that nobody watches any more."""
+    deadline = Deadline(KILL_GRACE_SECONDS)
+    left = _kill_session(record, signal.SIGTERM)
+    while left and not deadline.is_over():
+        time.sleep(0.05)
+        left = _kill_session(record, 0)
+    if left:
+        _kill_session(record, signal.SIGKILL)
+
+
+def settle_run(store: RunStore, record: RunRecord) -> RunRecord:
+    """The record as it is true now: `running` without a supervisor becomes `interrupted`, and what the script
+    has left ends. Raises StorageError."""
+    if record.status == "done":
+        return record
+    claim = claim_run(store, record.owner, record.reqid)
+    if claim < 0:
+        return record
+    try:
+        latest = find_record(store, record.owner, record.reqid)
+        if latest is None or latest.status == "done":
+            return latest or record
+        _end_session(latest)
+        reason = "interrupted: the process that watched it was killed, and its output after that is lost"
+        latest = latest._replace(
+            status="done", interrupted=True, finished=iso_time(now()), exit=126, error=reason
+        )
+        write_record(store, latest, new=False)
+        LOG.event("run", REQID=latest.reqid, SCRIPT=latest.script, DISPATCHER=latest.owner, INTERRUPTED="yes")
+        return latest
+    finally:
+        os.close(claim)
+
+
+_SLOT_NAME = re.compile(r"[A-Za-z0-9_-]{1,%d}\.[0-9]{1,9}" % MAX_SCRIPT_NAME)
+
+
+def _settle_holder(rules: JobRules, lock: FileLock) -> None:
+    """See to the run that held a script's lock last, if it died without giving it back."""
+    owner, _, reqid = lock.read().partition(" ")
+    if HOST_NAME.fullmatch(owner) and REQUEST_ID.fullmatch(reqid):
+        record = find_record(rules.store, owner, reqid)
+        if record is not None:
+            settle_run(rules.store, record)
+    lock.write("")
+
+
+def recover_jobs(rules: JobRules) -> None:
+    """After somebody was killed: no record stays at `running`, no script goes on unwatched. Never raises."""
+    try:
+        names = os.listdir(rules.locks_dir)
+    except OSError:  # nothing has ever run
+        return
+    for name in names:
+        if not _SLOT_NAME.fullmatch(name):
+            continue
+        lock = FileLock(os.path.join(rules.locks_dir, name), mode=0o600)
+        try:
+            if lock.acquire():
+                _settle_holder(rules, lock)
+        except CtrlExecError as error:
+            LOG.event("run-store-fail", MESSAGE="recovery: %s" % error.message)
+        lock.release()
+
+
+def _take_slot(rules: JobRules, script: Script, request: JobRequest) -> FileLock:
     """One of the script's `max_running` locks. Raises Busy. Held by the supervisor, it outlasts the agent."""
     make_directory(rules.locks_dir, 0o700)
     for number in range(script.max_running):
         lock = FileLock(os.path.join(rules.locks_dir, "%s.%d" % (script.name, number)), mode=0o600)
         if lock.acquire():
             try:
-                lock.write(reqid)
+                _settle_holder(rules, lock)
+                lock.write("%s %s" % (request.owner, request.reqid))
             except StorageError:
                 lock.release()
                 raise
@@ -4005,6 +4464,7 @@ def _finish_record(record: RunRecord, watch: _Watch, spools: tuple) -> RunRecord
         exit=124 if watch.timed_out else code,
         signal=name,
         timed_out=watch.timed_out,
+        cancelled=watch.cancelled,
         stdout_truncated=spools[0].dropped,
         stderr_truncated=spools[1].dropped,
     )
@@ -4034,74 +4494,111 @@ def _update_record(rules: JobRules, record: RunRecord) -> None:
         LOG.event("run-store-fail", REQID=record.reqid, MESSAGE=error.message)
 
 
-def _run_recorded(rules: JobRules, request: JobRequest, record: RunRecord, plan: _Plan) -> RunRecord:
-    """Start what has its record, watch it, and bring the record up to date; raises only before the start."""
-    script = rules.scripts[request.script]
-    paths = [
-        record_path(rules.store, record.owner, record.reqid, suffix) for suffix in (".out", ".err", ".json")
-    ]
-    try:
-        spools = tuple(_Spool(path, rules.max_output, rules.store.file_owner) for path in paths[:2])
-        started = start_script(plan)
-    except (StorageError, Unavailable):
-        for path in paths:  # it did not run, so its id is free again
-            if os.path.exists(path):
-                os.unlink(path)
-        raise
-    except OSError as error:
-        why = error.strerror
-        if error.errno == errno.ENOENT and os.path.exists(plan.path):
-            why = "the interpreter of its first line does not exist"
-        elif error.errno == errno.ENOEXEC:
-            why += " (no program, and no #! in its first line)"
-        reason = "cannot execute %s: %s" % (plan.path, why)
-        record = record._replace(status="done", finished=iso_time(now()), exit=126, error=reason)
-        _update_record(rules, record)
-        return record
-    record = record._replace(pid=started.pid)
-    _update_record(rules, record)
-    limit = _time_limit(rules, script, request.timeout)
-    watch = _Watch(started, _render_context(request, record), spools, rules, limit)
-    watch.run()
-    for spool in spools:
-        spool.close()
-    if watch.stdin_timed_out:
-        LOG.event("stdin-timeout", REQID=record.reqid, SCRIPT=record.script)
-    record = _finish_record(record, watch, spools)
-    _update_record(rules, record)
-    return record
+def _describe_exec_error(path: str, error: OSError) -> str:
+    why = error.strerror
+    if error.errno == errno.ENOENT and os.path.exists(path):
+        why = "the interpreter of its first line does not exist"
+    elif error.errno == errno.ENOEXEC:
+        why += " (no program, and no #! in its first line)"
+    return "cannot execute %s: %s" % (path, why)
 
 
-def run_job(rules: JobRules, request: JobRequest) -> tuple:
-    """Run a script to its end and record it: (record, whether it is this request that ran it).
+class Job:
+    """One run, from its record to its end.
 
-    A request id runs once: the second request with it gets the first one's record. Raises ScriptRefused,
-    Busy, Unavailable, StorageError.
+    Order is what makes it safe to be killed at any point: the script's lock, the claim on the request id, the
+    record with the pid of a process that waits, and only then the script.
     """
-    if request.owner not in rules.owners:
-        raise ScriptRefused("script not permitted")
-    earlier = find_record(rules.store, request.owner, request.reqid)
-    if earlier is not None:
-        return earlier, False
-    script, account, path = _permit(rules, request)
-    lock = _take_slot(rules, script, request.reqid)
-    try:
-        make_directory(os.path.join(rules.store.directory, request.owner), 0o750, rules.store.file_owner)
-        record = RunRecord(
-            request.reqid, request.owner, script.name, rules.host, request.username, request.peer_ip,
-            "running", iso_time(now()), 0,
+
+    def __init__(self, rules: JobRules, request: JobRequest, stage: Stage) -> None:
+        """Permit, lock, record and start. Raises ScriptRefused, Busy, Unavailable, StorageError, and
+        FileExistsError when this request id has run or runs already."""
+        self._rules = rules
+        self._request = request
+        self._script, account, path = _permit(rules, request)
+        self._lock = _take_slot(rules, self._script, request)
+        self._spools: tuple = ()
+        self._started: Optional[_Started] = None
+        try:
+            claim = claim_run(rules.store, request.owner, request.reqid)
+            if claim < 0:
+                raise FileExistsError(request.reqid)
+            if find_record(rules.store, request.owner, request.reqid) is not None:
+                os.close(claim)
+                raise FileExistsError(request.reqid)
+            self._open_spools(claim)
+            environment = _script_environment(request, account)
+            self._start(stage, _Plan(path, request.args, environment, account, self._script.profile))
+        except BaseException:
+            self._release()
+            raise
+
+    def _open_spools(self, claim: int) -> None:
+        store, request = self._rules.store, self._request
+        path = record_path(store, request.owner, request.reqid, STREAMS["stderr"])
+        try:
+            os.ftruncate(claim, 0)  # left by a run that never got its record
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+            other = os.open(path, flags, 0o640)
+            if store.file_owner is not None:
+                os.fchown(other, store.file_owner.uid, store.file_owner.gid)
+        except OSError as error:
+            raise StorageError("cannot write %s: %s" % (path, error.strerror)) from error
+        self._spools = tuple(_Spool(file, self._rules.max_output) for file in (claim, other))
+
+    def _start(self, stage: Stage, plan: _Plan) -> None:
+        request = self._request
+        process = find_process(stage.pid)
+        self.record = RunRecord(
+            request.reqid, request.owner, request.script, self._rules.host, request.username,
+            request.peer_ip, "running", iso_time(now()), stage.pid, process.birth if process else "",
+            os.getpid(),
         )  # fmt: skip
         try:
-            write_record(rules.store, record, new=True)
-        except FileExistsError:
-            return find_record(rules.store, request.owner, request.reqid), False
-        environment = _script_environment(request, account)
-        record = _run_recorded(
-            rules, request, record, _Plan(path, request.args, environment, account, script.profile)
-        )
-        return record, True
-    finally:
-        lock.release()
+            write_record(self._rules.store, self.record, new=True)
+        except BaseException:  # it does not run, so its id is free again
+            for suffix in STREAMS.values():
+                os.unlink(record_path(self._rules.store, request.owner, request.reqid, suffix))
+            raise
+        try:
+            self._started = stage.play(plan)
+        except OSError as error:
+            reason = _describe_exec_error(plan.path, error)
+            self._close(self.record._replace(status="done", finished=iso_time(now()), exit=126, error=reason))
+
+    def finish(self, window: Optional[Window] = None) -> RunRecord:
+        """Watch it to its end, while `window` shows it; the record as it is then."""
+        if self._started is None:
+            return self.record
+        record = self.record
+        limit = _time_limit(self._rules, self._script, self._request.timeout)
+        stdin = _render_context(self._request, record)
+        watch = _Watch(self._started, stdin, self._spools, self._rules.stdin_timeout, limit, window)
+        watch.run()
+        if watch.timed_out or watch.cancelled:
+            _kill_session(record, signal.SIGKILL)  # what formed a group of its own has had the same grace
+        if watch.stdin_timed_out:
+            LOG.event("stdin-timeout", REQID=record.reqid, SCRIPT=record.script)
+        self._close(_finish_record(record, watch, self._spools))
+        return self.record
+
+    def _close(self, record: RunRecord) -> None:
+        """Record the end, give back the lock, then the claim: whoever waits for that finds all of it."""
+        self.record = record
+        _update_record(self._rules, record)
+        self._release()
+        who = {"DISPATCHER": record.owner, "PEER": record.peer_ip, "USERNAME": record.username}
+        LOG.event("run", REQID=record.reqid, SCRIPT=record.script, EXIT=record.exit, **who)
+
+    def _release(self) -> None:
+        try:
+            self._lock.write("")
+        except StorageError:  # it names a run that has ended, which is no matter
+            pass
+        self._lock.release()
+        for spool in self._spools:
+            spool.close()
+        self._spools = ()
 
 
 def inspect_scripts(rules: JobRules) -> list:
@@ -4126,7 +4623,7 @@ def inspect_scripts(rules: JobRules) -> list:
 
 # --- between front and supervisor: a socketpair per request ---------------------------------------------
 # front → supervisor: 4 bytes of length, a JobRequest as JSON
-# supervisor → front: one line of JSON, {"event": "refused" | "answer", ...}; after `answer`, the body
+# supervisor → front: one line of JSON, {"event": "refused" | "answer", "status", ...}; after `answer` a body
 
 
 def send_job(channel: socket.socket, request: JobRequest) -> None:
@@ -4144,20 +4641,27 @@ _JOB_FIELDS = (
     Field("username", str, most=256),
     Field("token", str, most=8192),
     Field("timeout", int, most=10**9),
+    Field("mode", str, most=16),
+    Field("wait", int, most=MAX_RESULT_WAIT),
+    Field("stdout", int, most=10**15, least=-1),
+    Field("stderr", int, most=10**15, least=-1),
 )
 
 
-def _receive_job(channel: socket.socket) -> JobRequest:
+def _receive_job(channel: socket.socket, operations: Iterable) -> JobRequest:
     """The front's request, checked again: the front is the process that strangers talk to."""
     reader, deadline = Channel(channel), Deadline(BODY_SECONDS)
     size = int.from_bytes(reader.read_exactly(4, deadline), "big")
     if size > 8 * MAX_BODY:  # JSON text of 1 MiB can be longer when written again
         raise TooLarge("a job request of %d bytes" % size)
     values = parse_fields(reader.read_exactly(size, deadline), _JOB_FIELDS)
-    if values["operation"] not in ("run", "inspect"):
+    if values["operation"] not in operations or values["mode"] not in ("sync", "async", "stream"):
         raise BadRequest("field `operation` is malformed", "operation")
-    if values["operation"] == "run":
-        for field, pattern in (("reqid", REQUEST_ID), ("owner", HOST_NAME), ("script", SCRIPT_NAME)):
+    if values["operation"] != "inspect":
+        patterns = {"reqid": REQUEST_ID, "owner": HOST_NAME}
+        if values["operation"] == "run":
+            patterns["script"] = SCRIPT_NAME
+        for field, pattern in patterns.items():
             if not pattern.fullmatch(values[field]):
                 raise BadRequest("field `%s` is malformed" % field, field)
     return JobRequest(**dict(values, args=tuple(values["args"])))
@@ -4177,46 +4681,182 @@ def send_pieces(channel: socket.socket, pieces: Iterable) -> None:
         pass
 
 
-def _log_run(record: RunRecord) -> None:
-    who = {"DISPATCHER": record.owner, "PEER": record.peer_ip, "USERNAME": record.username}
-    LOG.event("run", REQID=record.reqid, SCRIPT=record.script, EXIT=record.exit, **who)
+def _answer(channel: socket.socket, status: int, pieces: Iterable) -> None:
+    def chain() -> Iterator[bytes]:
+        yield encode_json({"event": "answer", "status": status}) + b"\n"
+        yield from pieces
+
+    channel.settimeout(WRITE_SECONDS)
+    send_pieces(channel, chain())
+    channel.close()
 
 
-def _chain(head: bytes, pieces: Iterable) -> Iterator[bytes]:
-    yield head
-    yield from pieces
+def _is_hung_up(channel: socket.socket) -> bool:
+    poller = select.poll()
+    poller.register(channel.fileno(), select.POLLRDHUP)
+    return bool(poller.poll(0))
 
 
-def serve_job(channel: socket.socket, rules: JobRules) -> None:
-    """A supervisor's life: read the request, do it, answer, tidy up."""
+def _await_run(channel: socket.socket, store: RunStore, record: RunRecord, seconds: float) -> RunRecord:
+    """A run of another supervisor, once it has ended, `seconds` are over, or nobody waits any more."""
+    deadline = Deadline(seconds)
+    if record.status != "done" and seconds > 0:
+        wait_for_end(store, record.owner, record.reqid, lambda: deadline.is_over() or _is_hung_up(channel))
+        record = find_record(store, record.owner, record.reqid) or record
+    return settle_run(store, record)
+
+
+def _follow_run(channel: socket.socket, store: RunStore, record: RunRecord, offsets: dict) -> None:
+    """Show a run of another supervisor until its end."""
+    send_pieces(channel, [encode_json({"event": "answer", "status": 200}) + b"\n"])
+    window = Window(channel, store, record.owner, record.reqid, offsets)
+    output = record_path(store, record.owner, record.reqid, STREAMS["stdout"])
+    poller = select.poll()
+    while window.is_open:
+        has_ended = not is_claimed(output)  # first: what was written before the end is seen after it
+        if window.pump():
+            poller.register(channel.fileno(), select.POLLOUT)
+            poller.poll(WRITE_SECONDS * 1000)
+        elif has_ended:
+            break
+        else:
+            poller.register(channel.fileno(), select.POLLRDHUP)
+            poller.poll(FOLLOW_SECONDS * 1000)
+    record = settle_run(store, find_record(store, record.owner, record.reqid) or record)
+    window.finish(record)
+    channel.close()
+
+
+def _serve_again(channel: socket.socket, rules: JobRules, request: JobRequest, stage: Stage) -> None:
+    """The same request once more: what it is told is how the first one goes."""
+    stage.close()
+    deadline = Deadline(5)
+    record = find_record(rules.store, request.owner, request.reqid)
+    while record is None:  # claimed, and not recorded yet: it begins just now
+        if deadline.is_over():
+            raise Busy("request %s is about to start" % request.reqid, "ask for its result")
+        time.sleep(0.01)
+        record = find_record(rules.store, request.owner, request.reqid)
+    if request.mode == "async":
+        _answer(
+            channel, 202, [encode_json({"status": "accepted", "reqid": record.reqid, "host": record.host})]
+        )
+    elif request.mode == "stream":
+        _follow_run(channel, rules.store, record, dict.fromkeys(STREAMS, 0))
+    else:
+        record = _await_run(channel, rules.store, record, 10**9)
+        _answer(channel, 200, render_result(rules.store, record))
+
+
+def _serve_run(channel: socket.socket, rules: JobRules, request: JobRequest, stage: Stage) -> None:
+    """Run a script to its end, whether or not somebody stays to see it."""
+    if request.owner not in rules.owners:
+        raise ScriptRefused("script not permitted")
+    if find_record(rules.store, request.owner, request.reqid) is not None:
+        return _serve_again(channel, rules, request, stage)
+    try:
+        job = Job(rules, request, stage)
+    except FileExistsError:
+        return _serve_again(channel, rules, request, stage)
+    except Busy:
+        if is_claimed(record_path(rules.store, request.owner, request.reqid, STREAMS["stdout"])):
+            return _serve_again(channel, rules, request, stage)
+        raise
+    if request.mode == "async":
+        accepted = {"status": "accepted", "reqid": request.reqid, "host": rules.host}
+        _answer(channel, 202, [encode_json(accepted)])
+        job.finish()
+    elif request.mode == "stream":
+        send_pieces(channel, [encode_json({"event": "answer", "status": 200}) + b"\n"])
+        window = Window(channel, rules.store, request.owner, request.reqid, dict.fromkeys(STREAMS, 0))
+        window.finish(job.finish(window))
+        channel.close()
+    else:
+        _answer(channel, 200, render_result(rules.store, job.finish()))
+
+
+def _serve_inspect(channel: socket.socket, rules: JobRules, _: JobRequest) -> None:
+    _answer(channel, 200, [encode_json({"scripts": inspect_scripts(rules)})])
+
+
+def _get_record(rules: JobRules, request: JobRequest) -> RunRecord:
+    """The run a request asks about. Raises NotFound: another dispatcher's run does not exist for this one."""
+    record = find_record(rules.store, request.owner, request.reqid)
+    if record is None:
+        raise NotFound("no such request: %s" % request.reqid)
+    return record
+
+
+def _serve_result(channel: socket.socket, rules: JobRules, request: JobRequest) -> None:
+    """How a run goes: at once, or when it has ended, but not later than `wait` seconds."""
+    record = _await_run(channel, rules.store, _get_record(rules, request), request.wait)
+    if record.status == "done":
+        _answer(channel, 200, render_result(rules.store, record))
+    else:
+        _answer(channel, 200, [encode_json(describe_run(record))])
+
+
+def _serve_follow(channel: socket.socket, rules: JobRules, request: JobRequest) -> None:
+    offsets = {"stdout": request.stdout, "stderr": request.stderr}
+    _follow_run(channel, rules.store, _get_record(rules, request), offsets)
+
+
+def _serve_cancel(channel: socket.socket, rules: JobRules, request: JobRequest) -> None:
+    """End a run: its supervisor is asked, so that its record is true; then see what is left."""
+    record = settle_run(rules.store, _get_record(rules, request))
+    had = []
+    if record.status != "done":
+        had = find_run_processes(record)
+        # A claim means that the supervisor lives, so that its number is nobody else's.
+        if is_claimed(record_path(rules.store, record.owner, record.reqid, STREAMS["stdout"])):
+            os.kill(record.supervisor, signal.SIGUSR1)
+        record = _await_run(channel, rules.store, record, KILL_GRACE_SECONDS + 10)
+    left = find_run_processes(record)
+    deadline = Deadline(1)
+    while had and left and not deadline.is_over():  # what was killed needs a moment
+        time.sleep(0.02)
+        left = find_run_processes(record)
+    status = "running" if record.status != "done" else "cancelled" if record.cancelled else "done"
+    body = dict(describe_run(record), status=status, processes_left=len(left))
+    body["processes_ended"] = len({process.pid for process in had} - {process.pid for process in left})
+    body["left"] = ["%d %s" % (process.pid, process.name) for process in left[:20]]
+    LOG.event("cancel", REQID=record.reqid, SCRIPT=record.script, DISPATCHER=record.owner, STATUS=status)
+    _answer(channel, 200, [encode_json(body)])
+
+
+_QUESTIONS = {
+    "inspect": _serve_inspect,
+    "result": _serve_result,
+    "follow": _serve_follow,
+    "cancel": _serve_cancel,
+}
+
+
+def serve_job(control: socket.socket, rules: JobRules) -> None:
+    """A supervisor's life: wait for a request, do it, answer, tidy up.
+
+    It begins before there is a request: over `control` comes a channel to whoever makes one, or the end.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])  # a cancel that comes early waits
+    stage = Stage()
+    channel = receive_socket(control)[1]
+    control.close()
+    if channel is None:
+        return stage.close()
     channel.settimeout(BODY_SECONDS)
     try:
-        request = _receive_job(channel)
-        if request.operation == "inspect":
-            pieces: Iterable = [
-                encode_json({"event": "answer"}) + b"\n",
-                encode_json({"scripts": inspect_scripts(rules)}),
-            ]
+        request = _receive_job(channel, ("run", *_QUESTIONS))
+        if request.operation == "run":
+            _serve_run(channel, rules, request, stage)
         else:
-            record, ran = run_job(rules, request)
-            if record.status != "done":
-                raise Busy("request %s is running" % record.reqid)
-            if ran:
-                _log_run(record)
-            head = encode_json({"event": "answer"}) + b"\n"
-            pieces = _chain(head, render_result(rules.store, record))
+            stage.close()
+            _QUESTIONS[request.operation](channel, rules, request)
     except CtrlExecError as error:
         if isinstance(error, StorageError):
             LOG.event("run-store-fail", MESSAGE=error.message)
-        refusal = {
-            "event": "refused",
-            "code": error.code,
-            "status": error.http_status,
-            "error": error.message,
-        }
-        pieces = [encode_json(refusal) + b"\n"]
-    channel.settimeout(WRITE_SECONDS)
-    send_pieces(channel, pieces)
+        refusal = {"event": "refused", "code": error.code, "status": error.http_status}
+        channel.settimeout(WRITE_SECONDS)
+        send_pieces(channel, [encode_json(dict(refusal, error=error.message)) + b"\n"])
     channel.close()
     sweep_records(rules.store)
 
@@ -4254,6 +4894,13 @@ class _Front:
         self.control = None
 
 
+class _Spare(NamedTuple):
+    """A supervisor that waits for its request, and our end of what it waits at."""
+
+    pid: int
+    control: socket.socket
+
+
 class Executor:
     """The agent's parent process: single-threaded, no network input. It holds one bundle, keeps one front
     alive that serves from it, forks a supervisor for each run, and reaps. Its caller gives it two functions,
@@ -4269,6 +4916,8 @@ class Executor:
         self._bundle: Any = None
         self._fronts: dict = {}  # pid to _Front
         self._supervisors: set = set()  # pids
+        self._spare: Optional[_Spare] = None
+        self._is_recovery_due = True  # at the start, and whenever a supervisor was killed
         self._restart_at = 0.0  # monotonic; when a dead front is replaced
         self._pause = 0.0
         self._wake, self._signaled = socket.socketpair()
@@ -4278,10 +4927,13 @@ class Executor:
         """Serve until SIGTERM or SIGINT; returns the exit status. Raises what the first load raises."""
         self._bundle = self._load(None)
         self._catch_signals()
+        import base64, codecs, grp, pwd, resource  # noqa: E401, F401 - once, and not in every child
         import gc
 
         gc.freeze()  # what exists now is shared with all children; a collection would copy it for each
         self._start_front()
+        self._start_recovery()
+        self._keep_spare()
         tell_systemd("READY=1")
         while signal.SIGTERM not in self._pending:
             self._turn()
@@ -4314,6 +4966,9 @@ class Executor:
             self._reload()
         if self._restart_at and time.monotonic() >= self._restart_at:
             self._start_front()
+        if self._is_recovery_due:
+            self._start_recovery()
+        self._keep_spare()
 
     def _drop_wakeups(self) -> None:
         try:
@@ -4366,30 +5021,78 @@ class Executor:
             return
         channel.settimeout(0)  # nothing that a front does may hold us
         try:
-            if len(self._supervisors) >= MAX_SUPERVISORS:
-                raise OSError(errno.EAGAIN, "%d are running" % MAX_SUPERVISORS)
-            self._fork_supervisor(channel)
+            self._pass_on(channel)
         except OSError as error:
             reason = {"event": "refused", "code": "unavailable", "status": 503}
             reason["error"] = "cannot start a process: %s; try again later" % error.strerror
             send_pieces(channel, [encode_json(reason) + b"\n"])
         channel.close()
 
-    def _fork_supervisor(self, channel: socket.socket) -> None:
+    def _pass_on(self, channel: socket.socket) -> None:
+        """Give a request to the supervisor that waits for one, or to a new one. Raises OSError."""
+        if len(self._supervisors) >= MAX_SUPERVISORS:
+            raise OSError(errno.EAGAIN, "%d are running" % MAX_SUPERVISORS)
+        for _ in range(2):
+            spare = self._spare or self._fork_supervisor()
+            self._spare = None
+            with spare.control:
+                try:
+                    socket.send_fds(spare.control, [b"job"], [channel.fileno()])
+                    self._supervisors.add(spare.pid)
+                    return
+                except (BrokenPipeError, ConnectionError):  # it was killed while it waited
+                    continue
+        raise OSError(errno.EAGAIN, "supervisors die at once")
+
+    def _fork_supervisor(self) -> _Spare:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            try:
+                rules = self._bundle.rules
+                return _Spare(self._fork_child(lambda: serve_job(theirs, rules), theirs.fileno()), ours)
+            except OSError:
+                ours.close()
+                raise
+
+    def _keep_spare(self) -> None:
+        """Have a supervisor ready, so that a run does not wait for it to be forked."""
+        try:
+            if self._spare is None and len(self._supervisors) < MAX_SUPERVISORS:
+                self._spare = self._fork_supervisor()
+        except OSError:  # the next run will try, and say so
+            pass
+
+    def _dismiss_spare(self) -> None:
+        """The bundle that it was forked with is not served any more."""
+        if self._spare is not None:
+            self._spare.control.close()
+        self._spare = None
+
+    def _fork_child(self, life: Callable, *descriptors: int) -> int:
+        """A process of its own session that does `life()` and keeps only these descriptors; its pid."""
         pid = os.fork()
         if pid:
-            self._supervisors.add(pid)
-            return
+            return pid
+        status = EXIT_BUG
         try:
             reset_signals()
             signal.signal(signal.SIGPIPE, signal.SIG_IGN)
             os.setsid()
-            close_descriptors([channel.fileno(), LOG.descriptor()])
-            serve_job(channel, self._bundle.rules)
+            close_descriptors([LOG.descriptor(), *descriptors])
+            life()
+            status = 0
         except BaseException as error:
             log_bug(error)
         finally:
-            os._exit(0)
+            os._exit(status)
+
+    def _start_recovery(self) -> None:
+        self._is_recovery_due = False
+        try:
+            self._fork_child(lambda: recover_jobs(self._bundle.rules))
+        except OSError as error:
+            LOG.event("bug", MESSAGE="cannot fork for recovery: %s" % error.strerror)
+            self._is_recovery_due = True
 
     def _reap(self) -> None:
         while True:
@@ -4399,7 +5102,11 @@ class Executor:
                 return
             if pid == 0:
                 return
-            self._supervisors.discard(pid)
+            if self._spare is not None and pid == self._spare.pid:
+                self._dismiss_spare()
+            if pid in self._supervisors:
+                self._supervisors.discard(pid)
+                self._is_recovery_due = self._is_recovery_due or status != 0
             front = self._fronts.pop(pid, None)
             if front is None:
                 continue
@@ -4427,6 +5134,7 @@ class Executor:
         earlier = list(self._fronts.values())
         kept = set(bundle.listeners)
         previous, self._bundle = self._bundle, bundle
+        self._dismiss_spare()
         # First the old one stops accepting, then the new one begins: whoever connects after the event below
         # is served from the new bundle, and whoever connects in between waits in the kernel's queue.
         for front in earlier:
@@ -4447,6 +5155,7 @@ class Executor:
     def _stop(self) -> int:
         """Let fronts finish what they answer; supervisors go on by themselves."""
         tell_systemd("STOPPING=1")
+        self._dismiss_spare()
         deadline = Deadline(DRAIN_SECONDS + 1)
         for front in self._fronts.values():
             front.tell(b"stop")
@@ -4599,20 +5308,34 @@ _RUN_FIELDS = (
     Field("timeout", int, most=10**9),
 )
 _PING_FIELDS = (Field("reqid", str, most=64),)
+_CANCEL_FIELDS = (
+    Field("reqid", str, True, 64),
+    Field("username", str, most=256),
+    Field("token", str, most=8192),
+)
 
 
-def _relay(channel: socket.socket, reader: Channel) -> Iterator[bytes]:
-    """What a supervisor sends, in pieces of 64 KiB, so that a short answer is one piece."""
+def _relay(channel: socket.socket, reader: Channel, is_live: bool = False) -> Iterator[bytes]:
+    """What a supervisor sends: as it comes when it is live, else in pieces of 64 KiB, so that a short answer
+    is one piece."""
     with channel:
         buffer = b""
         while True:
             data = reader.read_some(65536, Deadline(WRITE_SECONDS))
             buffer += data
-            if len(buffer) >= 65536 or (not data and buffer):
+            if len(buffer) >= 65536 or (not data and buffer) or (is_live and buffer):
                 yield buffer
                 buffer = b""
             if not data:
                 return
+
+
+def _query_number(request: Request, name: str, most: int) -> int:
+    """A number of the query, 0 when it is not there. Raises BadRequest."""
+    try:
+        return parse_count(request.query.get(name, "0"), 0, most)
+    except ValueError as error:
+        raise BadRequest("`%s` in the query must be %s" % (name, error), name) from None
 
 
 class Front:
@@ -4630,6 +5353,9 @@ class Front:
             Route("POST", "/run", self._run),
             Route("POST", "/ping", self._ping),
             Route("GET", "/capabilities", self._capabilities),
+            Route("GET", "/result/*", self._result),
+            Route("GET", "/follow/*", self._follow),
+            Route("POST", "/cancel", self._cancel),
         )
 
     def run(self) -> int:
@@ -4706,12 +5432,12 @@ class Front:
         for name, pattern in (("script", SCRIPT_NAME), ("reqid", REQUEST_ID)):
             if not pattern.fullmatch(fields[name]):
                 raise BadRequest("field `%s` is malformed" % name, name)
-        for name in ("async", "stream"):
-            if fields[name]:
-                raise BadRequest("`%s` is not served by this version (%s)" % (name, __version__), name)
+        if fields["async"] and fields["stream"]:
+            raise BadRequest("`async` and `stream` do not go together", "stream")
+        mode = "async" if fields["async"] else "stream" if fields["stream"] else "sync"
         job = JobRequest(
             "run", fields["reqid"], caller.dispatcher, caller.address, fields["script"],
-            tuple(fields["args"]), fields["username"], fields["token"], fields["timeout"],
+            tuple(fields["args"]), fields["username"], fields["token"], fields["timeout"], mode,
         )  # fmt: skip
         if job.script not in self._bundle.rules.scripts:
             return self._refuse_run(job, "script not permitted")
@@ -4733,13 +5459,49 @@ class Front:
             return self._refuse_run(job, error.message)
         event, rest = self._pass_on(job, peer)
         if event["event"] == "answer":
-            return Response(200, rest)
+            return Response(event["status"], rest, is_live=mode == "stream")
         if event["code"] == ScriptRefused.code:
             return self._refuse_run(job, event["error"])
         LOG.event("deny", REQID=job.reqid, SCRIPT=job.script, REASON=event["error"], DISPATCHER=job.owner)
         return Response(
             event["status"], {"status": event["code"], "error": event["error"], "reqid": job.reqid}
         )
+
+    def _pass_question(self, job: JobRequest, peer: Peer, is_live: bool = False) -> Response:
+        """What a run's record says, from somebody who may read it."""
+        event, rest = self._pass_on(job, peer)
+        if event["event"] == "answer":
+            return Response(event["status"], rest, is_live=is_live)
+        status = "unknown" if event["status"] == 404 else event["code"]
+        return Response(event["status"], {"status": status, "error": event["error"], "reqid": job.reqid})
+
+    def _result(self, caller: Caller, peer: Peer, request: Request, reqid: str) -> Response:
+        wait = _query_number(request, "wait", MAX_RESULT_WAIT)
+        LOG.event("result", REQID=reqid, PEER=caller.address, DISPATCHER=caller.dispatcher)
+        return self._pass_question(JobRequest("result", reqid, caller.dispatcher, wait=wait), peer)
+
+    def _follow(self, caller: Caller, peer: Peer, request: Request, reqid: str) -> Response:
+        """A run's output as it comes, from `?stdout=N&stderr=N`, or with `?from=now` from its present end."""
+        if request.query.get("from", "start") not in ("start", "now"):
+            raise BadRequest("`from` in the query must be start or now", "from")
+        offsets = [-1, -1]
+        if request.query.get("from") != "now":
+            offsets = [_query_number(request, stream, 10**10 - 1) for stream in STREAMS]
+        LOG.event("result", REQID=reqid, PEER=caller.address, DISPATCHER=caller.dispatcher, FOLLOW="yes")
+        job = JobRequest("follow", reqid, caller.dispatcher, stdout=offsets[0], stderr=offsets[1])
+        return self._pass_question(job, peer, is_live=True)
+
+    def _cancel(self, caller: Caller, peer: Peer, request: Request, _: str) -> Response:
+        fields = parse_fields(request.body, _CANCEL_FIELDS)
+        if not REQUEST_ID.fullmatch(fields["reqid"]):
+            raise BadRequest("field `reqid` is malformed", "reqid")
+        context = HookContext("cancel", fields["reqid"], hosts=(self._bundle.host,), source_ip=caller.address)
+        try:
+            self._ask_hook(caller, context._replace(username=fields["username"], token=fields["token"]))
+        except Denied as error:
+            LOG.event("deny", REQID=fields["reqid"], REASON=error.message, DISPATCHER=caller.dispatcher)
+            return Response(403, {"error": error.message, "status": "forbidden"})
+        return self._pass_question(JobRequest("cancel", fields["reqid"], caller.dispatcher), peer)
 
     def _refuse_run(self, job: JobRequest, reason: str) -> Response:
         """A well-formed request for something that does not run here: 200, and exit -1 says the rest."""
@@ -4780,7 +5542,7 @@ class Front:
         except (OSError, ValueError):
             reason = "the run's process ended without an answer; it may have run"
             event = {"event": "refused", "code": "unknown", "status": 500, "error": reason}
-        return event, _relay(ours, reader)
+        return event, _relay(ours, reader, job.mode == "stream" or job.operation == "follow")
 
 
 def serve_agent(config_path: str, root: str) -> int:
@@ -4926,7 +5688,7 @@ def ping_self(config: Config) -> CertInfo:
 # Owns:  the paired agents on the control host, which of them a command means, and the locks of running
 #        host:script pairs. All of it is files: several control hosts can share the directory.
 # Uses:  HEAD, ERRORS, GROUND, SETTINGS, TRUST, CLIENT
-# On disk: agents/NAME.json, agents/.lock; locks/HOST--SCRIPT.lock
+# On disk: agents/NAME.json, agents/.lock; runs/REQID.json; locks/HOST--SCRIPT.lock
 # ======================================================================================================
 
 
@@ -5174,6 +5936,95 @@ def select_agents(directory: str, selection: Selection) -> tuple:
 
 def build_target(agent: Agent) -> Target:
     return Target(agent.name, agent.address(), agent.port, agent.cert_name)
+
+
+# --- requests that were sent ----------------------------------------------------------------------------
+
+
+class Outcome(NamedTuple):
+    """How one host of a request ended, as far as the control host knows."""
+
+    state: str = "pending"  # pending, accepted, or a state of a result
+    exit: int = -1
+    error: str = ""
+
+
+class RequestRecord(NamedTuple):
+    """A request as the control host remembers it: for whom, and how each host ended. Arguments, tokens and
+    output are not kept; the hosts have the output."""
+
+    reqid: str
+    script: str
+    mode: str  # sync, async or stream
+    username: str
+    source_ip: str
+    started: str  # ISO 8601
+    hosts: dict  # name to Outcome
+    finished: str = ""
+
+
+def _run_path(directory: str, reqid: str) -> str:
+    if not REQUEST_ID.fullmatch(reqid):
+        raise NotFound("No such request: %s" % one_line(reqid[:80]))
+    return os.path.join(directory, reqid + ".json")
+
+
+def save_request(directory: str, record: RequestRecord) -> None:
+    """Write a request's record. Raises StorageError."""
+    make_directory(directory, 0o750)
+    values = dict(record._asdict(), hosts={name: list(outcome) for name, outcome in record.hosts.items()})
+    write_atomic(_run_path(directory, record.reqid), encode_state(values), mode=0o640)
+
+
+def _parse_run(values: dict, path: str) -> RequestRecord:
+    try:
+        known = {key: values[key] for key in RequestRecord._fields if key in values}
+        hosts = {str(name): Outcome(*outcome) for name, outcome in known.pop("hosts").items()}
+        record = RequestRecord(hosts=hosts, **known)
+        if not all(type(value) is str for key, value in known.items()):
+            raise TypeError("a field is not text")
+        return record
+    except (KeyError, TypeError, AttributeError) as error:
+        raise StorageError("%s: not the record of a request (%s)" % (path, error)) from error
+
+
+def get_request(directory: str, reqid: str) -> RequestRecord:
+    """The record of a request. Raises NotFound, and StorageError for one that cannot be used."""
+    path = _run_path(directory, reqid)
+    try:
+        return _parse_run(read_json_file(path), path)
+    except FileNotFoundError:
+        raise NotFound("No such request: %s" % reqid, "see: ced history") from None
+
+
+def list_request_records(directory: str) -> tuple:
+    """All requests that are remembered, the latest first, and a message for each file that cannot be used."""
+    try:
+        names = [name for name in os.listdir(directory) if name.endswith(".json") and name[0] != "."]
+    except FileNotFoundError:
+        return [], []
+    except OSError as error:
+        raise StorageError("cannot read %s: %s" % (directory, error.strerror), "run this as root") from error
+    records, problems = [], []
+    for name in names:
+        try:
+            records.append(_parse_run(read_json_file(os.path.join(directory, name)), name))
+        except FileNotFoundError:  # swept meanwhile
+            pass
+        except StorageError as error:
+            problems.append(error.message)
+    return sorted(records, key=lambda record: (record.started, record.reqid), reverse=True), problems
+
+
+def sweep_requests(directory: str, retention: float) -> None:
+    """Forget requests older than `retention` seconds; never raises."""
+    try:
+        if is_sweep_due(directory, retention):
+            for entry in os.scandir(directory):
+                if entry.name.endswith(".json") and now() - entry.stat().st_mtime > retention:
+                    os.unlink(entry.path)
+    except (OSError, StorageError) as error:
+        LOG.event("run-store-fail", MESSAGE="sweep: %s" % error)
 
 
 # --- locks ----------------------------------------------------------------------------------------------
@@ -6031,7 +6882,7 @@ class PairingSession:
         body = dict(self._offer._asdict(), commit=pairing_commitment(self._agent_nonce, self._offer))
         if wish.token:
             body["token_id"] = self._token_id
-        self._lines = self._connection.request_lines("/pair", body, self._deadline)
+        self._lines = self._connection.request_lines("POST", "/pair", body, self._deadline, MAX_PAIRING_BODY)
         pending = self._next_line()
         if pending is None:
             raise PairingDenied("the dispatcher ended the exchange without an answer")
@@ -6040,10 +6891,10 @@ class PairingSession:
     def _next_line(self) -> Optional[dict]:
         """The next object of the dispatcher's first answer, or None at its end."""
         try:
-            return next(self._lines, None)
-        except socket.timeout:
-            raise PairingTimeout("the dispatcher did not decide in time") from None
-        except (OSError, CtrlExecError) as error:
+            return next(self._lines, (0, None))[1]
+        except TransportError as error:
+            if error.state == "timeout":
+                raise PairingTimeout("the dispatcher did not decide in time") from None
             raise PairingDenied("the exchange broke off: %s" % error) from error
 
     def _take_pending(self, pending: dict) -> None:
@@ -6217,7 +7068,7 @@ def load_pairing_states(config: Config) -> list:
 # 18. DISPATCH
 # Owns:  work on many hosts: one fan-out, and what `ping`, `run` and `discovery` make of it; changes to the
 #        registry that an operator asks for; the checks of the control host.
-# Uses:  HEAD, ERRORS, GROUND, SETTINGS, OPENSSL, TRUST, WIRE, CLIENT, POLICY, REGISTRY, PAIRING
+# Uses:  HEAD, ERRORS, GROUND, SETTINGS, OPENSSL, TRUST, WIRE, CLIENT, POLICY, RECORDS, REGISTRY, PAIRING
 # ======================================================================================================
 
 
@@ -6233,7 +7084,11 @@ class HostResult(NamedTuple):
     answer: dict = {}  # what the agent said, checked
 
 
-STATES = ("ok", "failed", "refused", "busy", "timeout", "unreachable", "unknown")
+STATES = ("ok", "accepted", "failed", "refused", "busy", "timeout", "unreachable", "unknown")
+OPEN_STATES = ("pending", "accepted", "running", "timeout", "unknown")  # the last word is not yet spoken
+
+LONG_POLL = 50  # seconds; less than what proxies and firewalls cut off, and a request a minute costs nothing
+MAX_WAITING = 1000  # threads that wait for hosts at once; each is idle, and costs some 100 KiB
 
 
 def fan_out(agents: list, work: Callable, parallel: int) -> Iterator[HostResult]:
@@ -6298,7 +7153,9 @@ def is_run_answer(answer: dict) -> bool:
 def _judge_run(status: int, answer: dict) -> tuple:
     """(state, error) of an answer to /run."""
     error = answer.get("error", "")
-    if status == 409:
+    if status == 202:
+        return "accepted", ""
+    if status in (409, 503):
         return "busy", str(error or "busy")
     if status == 500 and answer.get("status") == "unknown":
         return "unknown", str(error)
@@ -6309,7 +7166,29 @@ def _judge_run(status: int, answer: dict) -> tuple:
         return "ok", ""
     if answer["exit"] == -1:
         return "refused", str(error or "the agent refused")
-    return "failed", str(error)
+    return "failed", str(error or ("cancelled" if answer.get("cancelled") is True else ""))
+
+
+def _judge_result(status: int, answer: dict) -> tuple:
+    """(state, error) of an answer to /result; `expired` is a run that the agent does not have (any more)."""
+    if status == 404 and answer.get("status") == "unknown":
+        return "expired", "no such run there"
+    if status == 404:
+        return "refused", "the agent is of an older release, which keeps no results"
+    if status == 200 and answer.get("status") == "running":
+        return "running", ""
+    return _judge_run(status, answer)
+
+
+def _judge_cancel(status: int, answer: dict) -> tuple:
+    if status in (404, 405):
+        return _judge_result(404, answer)
+    if status != 200:
+        return "refused", str(answer.get("error", "the agent answered %d" % status))
+    _expect(answer, {"status": str, "processes_left": int})
+    if answer["status"] not in ("cancelled", "done", "running"):
+        raise _Malformed("the agent's answer has no valid `status`")
+    return answer["status"], ""
 
 
 class RunRequest(NamedTuple):
@@ -6321,6 +7200,9 @@ class RunRequest(NamedTuple):
     username: str
     token: str = ""
     timeout: int = 0  # seconds the script may take; 0: as the agent's files say
+    mode: str = "sync"  # sync, async or stream
+    retries: int = 0  # how often to repeat what is known not to have started
+    source_ip: str = ""
 
 
 def check_run_request(request: RunRequest) -> None:
@@ -6343,14 +7225,157 @@ def check_run_request(request: RunRequest) -> None:
         raise UsageError("the arguments are larger than a request may be (%d bytes)" % (MAX_BODY - 16384))
 
 
-class Dispatcher:
-    """The control host's operations. It keeps nothing between calls but the files that it works on."""
+class HostClient:
+    """Speaks with hosts, one call to one host at a time; whatever happens comes back as a result."""
 
     def __init__(self, config: Config) -> None:
         """Raises TrustError when the dispatcher's own identity cannot be used."""
         self._config = config
         self._context = new_client_context(dispatcher_identity(config))
         self._revoked = load_revoked(config.revoked_serials)
+        self._handshakes = threading.BoundedSemaphore(config.max_parallel)
+
+    def _connect(self, agent: Agent) -> Connection:
+        with self._handshakes:
+            return connect_agent(
+                build_target(agent), self._context, self._revoked, self._config.connect_timeout
+            )
+
+    def call(
+        self, agent: Agent, reqid: str, method: str, path: str, body: Optional[dict], judge: Callable,
+        seconds: float = 0,
+    ) -> HostResult:  # fmt: skip
+        """One request to one host, whatever happens, as a result; `seconds` instead of `read_timeout`."""
+
+        def exchange() -> tuple:
+            deadline = Deadline(seconds or self._config.read_timeout)
+            limit = 16 * MAX_BODY if path == "/capabilities" else MAX_ANSWER  # sidecars are 64 KiB each
+            with self._connect(agent) as connection:
+                status, answer = connection.request(method, path, body, deadline, limit=limit)
+            return (*judge(status, answer), answer)
+
+        return self._judge_safely(agent, reqid, exchange)
+
+    def _judge_safely(self, agent: Agent, reqid: str, exchange: Callable) -> HostResult:
+        """What `exchange()` says, which is (state, error, answer), and what went wrong instead."""
+        began = time.monotonic()
+        answer: dict = {}
+        hint = ""
+        try:
+            state, error, answer = exchange()
+        except TransportError as problem:
+            state, error, hint = problem.state, problem.message, problem.hint
+        except _Malformed as problem:
+            state, error, answer = "unknown", str(problem), {}
+        except (BrokenPipeError, OutputError):  # our own output, when it is shown as it comes
+            raise
+        except Exception as problem:
+            log_bug(problem, REQID=reqid, HOST=agent.name)
+            state, error = "unknown", "internal error; see the log"
+        return HostResult(agent.name, state, reqid, time.monotonic() - began, error, hint, answer)
+
+    def fetch(self, agent: Agent, reqid: str, wait: float) -> HostResult:
+        """Ask for a result, which the agent may take `wait` seconds to give."""
+        seconds = int(-(-wait // 1))
+        path = "/result/%s?wait=%d" % (reqid, seconds)
+        return self.call(agent, reqid, "GET", path, None, _judge_result, seconds + self._config.read_timeout)
+
+    def recover(self, agent: Agent, request: RunRequest, lost: HostResult, deadline: Deadline) -> HostResult:
+        """The result of a run whose connection broke after it had been sent: by its id, until the deadline.
+
+        A run that the agent does not know may still be on its way there, waiting for a hook; an answer that
+        cannot be used may have been an accident. Both are asked for again, but not for ever.
+        """
+        pause, misses = 0.2, 0
+        while misses < 3:
+            time.sleep(min(pause, deadline.left()))
+            if deadline.is_over():
+                break
+            pause = min(2.0, 2 * pause)
+            found = self.fetch(agent, request.reqid, min(LONG_POLL, deadline.left()))
+            if found.state == "running" and request.mode == "async":
+                return found._replace(state="accepted")
+            if found.state not in ("running", "expired", "unreachable", "timeout", "unknown"):
+                return found._replace(rtt=lost.rtt + found.rtt)
+            misses = 0 if found.rtt > 5 else misses + (found.state in ("expired", "unknown"))
+            if found.state == "expired":
+                lost = lost._replace(error="the connection was lost, and the agent knows no such run")
+        return lost
+
+    def follow(
+        self, agent: Agent, reqid: str, first: tuple, show: Optional[Callable], from_now: bool = False
+    ) -> HostResult:
+        """Show a run on one host as it writes, over as many connections as that takes, each going on where
+        the last one broke; its result carries no output."""
+        import base64
+
+        offsets = dict.fromkeys(STREAMS, -1 if from_now else 0)
+
+        def take(status: int, event: dict) -> Optional[tuple]:
+            """Deal with one line; (state, error, answer) when it was the last one."""
+            if "event" not in event:
+                state, error = (_judge_run if first[0] == "POST" else _judge_result)(status, event)
+                for stream in STREAMS:  # of a release that does not stream
+                    if state in ("ok", "failed") and show is not None:
+                        show(agent.name, stream, event[stream].encode("utf-8", "surrogatepass"))
+                return state, error, dict(event, **dict.fromkeys(STREAMS, ""))
+            if event["event"] == "end":
+                answer = dict(event, **dict.fromkeys(STREAMS, ""))
+                return (*_judge_run(200, answer), answer)
+            if event["event"] == "output":
+                _expect(event, {"stream": str, "offset": int, "data": str})
+                if event["stream"] not in STREAMS:
+                    raise _Malformed("the agent's answer has no valid `stream`")
+                offsets[event["stream"]] = event["offset"]
+                exact = event.get("base64")
+                data = base64.b64decode(exact) if isinstance(exact, str) else event["data"].encode("utf-8")
+                if show is not None:
+                    show(agent.name, event["stream"], data)
+            return None
+
+        def exchange() -> tuple:
+            method, path, body = first
+            patience = Patience(self._config.read_timeout)
+            lost: Optional[TransportError] = None
+            deadline = Deadline(self._config.read_timeout)
+            while lost is None or not deadline.is_over():
+                try:
+                    with self._connect(agent) as connection:
+                        for status, event in connection.request_lines(method, path, body, patience):
+                            deadline = Deadline(self._config.read_timeout)
+                            ended = take(status, event)
+                            if ended is not None:
+                                return ended
+                    raise TransportError("%s ended the stream too early" % agent.name, "unknown")
+                except TransportError as problem:
+                    if lost is None and problem.state == "unreachable" and first[0] == "POST":
+                        raise  # nothing has been sent
+                    lost = problem
+                time.sleep(min(1.0, deadline.left()))
+                query = "&".join("%s=%d" % pair for pair in offsets.items())
+                method, path, body = "GET", "/follow/%s?%s" % (reqid, query), None
+                if -1 in offsets.values():
+                    path = "/follow/%s?from=now" % reqid
+            raise TransportError(lost.message, "unknown")
+
+        return self._judge_safely(agent, reqid, exchange)
+
+
+def _explain(result: HostResult) -> HostResult:
+    """Say how to go on where the last word is not spoken."""
+    if result.state not in ("timeout", "unknown"):
+        return result
+    hint = "the script may still run there; see: ced wait %s, ced cancel %s" % ((result.reqid,) * 2)
+    return result._replace(hint=hint)
+
+
+class Dispatcher:
+    """The control host's operations. It keeps nothing between calls but the files that it works on."""
+
+    def __init__(self, config: Config) -> None:
+        """Raises TrustError when the dispatcher's own identity cannot be used."""
+        self._config = config
+        self._client = HostClient(config)
         hook = find_hook(
             config.auth_hook,
             config.default_path(ETC + "/auth-hook"),
@@ -6371,31 +7396,8 @@ class Dispatcher:
                 context._replace(dispatcher=self._config.dispatcher_id, dispatcher_serial=serial)
             )
 
-    def _call(
-        self, agent: Agent, reqid: str, method: str, path: str, body: Optional[dict], judge: Callable
-    ) -> HostResult:
-        """One request to one host, whatever happens, as a result."""
-        began = time.monotonic()
-        config = self._config
-        answer: dict = {}
-        hint = ""
-        try:
-            status, answer = call_agent(
-                build_target(agent), self._context, self._revoked, method, path, body,
-                config.connect_timeout, config.read_timeout,
-            )  # fmt: skip
-            state, error = judge(status, answer)
-        except TransportError as problem:
-            state, error, hint = problem.state, problem.message, problem.hint
-        except _Malformed as problem:
-            state, error, answer = "unknown", str(problem), {}
-        except Exception as problem:
-            log_bug(problem, REQID=reqid, HOST=agent.name)
-            state, error = "unknown", "internal error; see the log"
-        return HostResult(agent.name, state, reqid, time.monotonic() - began, error, hint, answer)
-
-    def _each(self, agents: list, action: str, work: Callable) -> Iterator[HostResult]:
-        for result in fan_out(agents, work, self._config.max_parallel):
+    def _each(self, agents: list, action: str, work: Callable, parallel: int = 0) -> Iterator[HostResult]:
+        for result in fan_out(agents, work, parallel or self._config.max_parallel):
             fields = {"REQID": result.reqid, "HOST": result.host, "STATE": result.state}
             if result.error:
                 fields["ERROR"] = result.error
@@ -6412,7 +7414,9 @@ class Dispatcher:
             return ("ok", "") if answer["status"] == "ok" else ("failed", answer["status"])
 
         return self._each(
-            agents, "ping", lambda agent: self._call(agent, reqid, "POST", "/ping", {"reqid": reqid}, judge)
+            agents,
+            "ping",
+            lambda agent: self._client.call(agent, reqid, "POST", "/ping", {"reqid": reqid}, judge),
         )
 
     def discover(self, agents: list, reqid: str) -> Iterator[HostResult]:
@@ -6429,7 +7433,7 @@ class Dispatcher:
             return "ok", ""
 
         def work(agent: Agent) -> HostResult:
-            return self._call(agent, reqid, "GET", "/capabilities", None, judge)
+            return self._client.call(agent, reqid, "GET", "/capabilities", None, judge)
 
         for result in self._each(agents, "discovery", work):
             tags = result.answer.get("tags")
@@ -6447,39 +7451,175 @@ class Dispatcher:
             if agent is not None:
                 save_agent(directory, agent._replace(tags=tags))
 
-    def run(self, agents: list, request: RunRequest) -> Iterator[HostResult]:
+    # --- runs ----------------------------------------------------------------------------------------------
+
+    def run(self, agents: list, request: RunRequest, show: Optional[Callable] = None) -> Iterator[HostResult]:
         """Run a script on every agent, under the locks of all host:script pairs until the last result.
 
-        Raises Locked on the first step, before anything is sent.
+        `show(host, stream, data)` gets what a streamed run writes, from several threads. Raises Locked and
+        StorageError on the first step, before anything is sent.
         """
         check_run_request(request)
         body = {"script": request.script, "args": list(request.args), "reqid": request.reqid}
         body.update(username=request.username, token=request.token)
+        body.update({request.mode: True} if request.mode != "sync" else {})
         if request.timeout:
             body["timeout"] = request.timeout
+        begun: set = set()
 
         def work(agent: Agent) -> HostResult:
-            result = self._call(agent, request.reqid, "POST", "/run", body, _judge_run)
-            if result.state in ("timeout", "unknown"):
-                hint = (
-                    "the script may still run there; its result is kept on the host under request id "
-                    + result.reqid
-                )
-                result = result._replace(hint=hint)
-            return result
+            begun.add(agent.name)
+            return _explain(self._run_with_retries(agent, request, body, show))
 
         raise_descriptor_limit()  # a lock and a connection for each host
-        with HostLocks(
-            self._config.lock_dir, [agent.name for agent in agents], request.script, request.reqid
-        ):
-            LOG.event(
-                "dispatch",
-                REQID=request.reqid,
-                SCRIPT=request.script,
-                HOSTS=len(agents),
-                USERNAME=request.username,
-            )
-            yield from self._each(agents, "run", work)
+        names = [agent.name for agent in agents]
+        with HostLocks(self._config.lock_dir, names, request.script, request.reqid):
+            record = RequestRecord(
+                request.reqid, request.script, request.mode, request.username, request.source_ip,
+                iso_time(now()), dict.fromkeys(names, Outcome()),
+            )  # fmt: skip
+            save_request(self._config.runs_dir, record)
+            facts = {"HOSTS": len(agents), "USERNAME": request.username}
+            LOG.event("dispatch", REQID=request.reqid, SCRIPT=request.script, **facts)
+            results: list = []
+            try:
+                for result in self._each(agents, "run" if request.mode != "async" else "run-async", work):
+                    results.append(result)
+                    yield result
+            finally:
+                skipped = Outcome("skipped", -1, "interrupted before anything was sent")
+                record.hosts.update({name: skipped for name in names if name not in begun})
+                self._note(record, results)
+        sweep_requests(self._config.runs_dir, self._config.run_retention_hours * 3600)
+
+    def _note(self, record: RequestRecord, results: list) -> RequestRecord:
+        """Bring a request's record up to date with what hosts have said."""
+        hosts = dict(record.hosts)
+        for result in results:
+            if result.state in OPEN_STATES and hosts[result.host].state not in OPEN_STATES:
+                continue  # what was known is better
+            exit_status = result.answer.get("exit", -1)
+            if result.state not in ("expired", "cancelled", "done"):
+                hosts[result.host] = Outcome(result.state, exit_status, result.error)
+        finished = record.finished
+        if not finished and all(outcome.state not in OPEN_STATES for outcome in hosts.values()):
+            finished = iso_time(now())
+        changed = record._replace(hosts=hosts, finished=finished)
+        if changed != record or finished:
+            try:
+                save_request(self._config.runs_dir, changed)
+            except StorageError as error:
+                LOG.event("run-store-fail", REQID=record.reqid, MESSAGE=error.message)
+        return changed
+
+    def _run_with_retries(
+        self, agent: Agent, request: RunRequest, body: dict, show: Optional[Callable]
+    ) -> HostResult:
+        """Run on one host; again, after a growing pause, when it is known that nothing has started."""
+        pause = 0.5
+        for attempt in range(request.retries + 1):
+            if request.mode == "stream":
+                result = self._client.follow(agent, request.reqid, ("POST", "/run", body), show)
+            else:
+                deadline = Deadline(self._config.read_timeout)
+                result = self._client.call(agent, request.reqid, "POST", "/run", body, _judge_run)
+                if result.state == "unknown":
+                    result = self._client.recover(agent, request, result, deadline)
+            if result.state not in ("unreachable", "busy") or attempt == request.retries:
+                break
+            time.sleep(pause)
+            pause = min(30, 2 * pause)
+        return result
+
+    def _registered(self, record: RequestRecord) -> tuple:
+        """The agents that can still be asked about a request, and a result for each host that cannot."""
+        agents, others = [], []
+        for name, outcome in record.hosts.items():
+            if outcome.state in ("refused", "busy", "unreachable", "skipped"):
+                others.append(HostResult(name, outcome.state, record.reqid, 0.0, outcome.error))
+                continue
+            agent = find_agent(self._config.registry_dir, name)
+            if agent is None:
+                others.append(HostResult(name, "expired", record.reqid, 0.0, "the host is not registered"))
+            else:
+                agents.append(agent)
+        return agents, others
+
+    def get_request(self, reqid: str) -> RequestRecord:
+        """What is remembered of a request. Raises NotFound."""
+        return get_request(self._config.runs_dir, reqid)
+
+    def wait(self, record: RequestRecord, seconds: Optional[float]) -> Iterator[HostResult]:
+        """How a request goes on every host, each as soon as it has ended there, after `seconds` at the latest
+        (None: whenever that is). A host that cannot be reached is tried again meanwhile."""
+        deadline = Deadline(10**9 if seconds is None else seconds)
+        agents, others = self._registered(record)
+
+        def work(agent: Agent) -> HostResult:
+            unreachable = Deadline(self._config.read_timeout)
+            pause = 0.5
+            while True:
+                result = self._client.fetch(agent, record.reqid, min(LONG_POLL, deadline.left()))
+                if result.state == "running":
+                    unreachable, pause = Deadline(self._config.read_timeout), 0.5
+                    if deadline.is_over():
+                        return result
+                elif result.state not in ("unreachable", "timeout", "unknown"):
+                    return result
+                elif deadline.is_over() or (seconds is None and unreachable.is_over()):
+                    return result
+                else:
+                    time.sleep(min(pause, deadline.left()))
+                    pause = min(5.0, 2 * pause)
+
+        raise_descriptor_limit()
+        yield from others
+        results: list = []
+        parallel = max(self._config.max_parallel, min(len(agents), MAX_WAITING))
+        try:
+            for result in self._each(agents, "result", work, parallel) if agents else ():
+                known = record.hosts[result.host]
+                if result.state in ("unreachable", "timeout", "unknown") and known.state not in OPEN_STATES:
+                    error = "its output cannot be had now: " + result.error
+                    answer = {"exit": known.exit, **dict.fromkeys(STREAMS, "")}
+                    result = result._replace(state=known.state, error=error, answer=answer)
+                results.append(result)
+                yield result
+        finally:
+            self._note(record, results)
+
+    def follow(self, record: RequestRecord, show: Callable, from_now: bool) -> Iterator[HostResult]:
+        """Show what a request writes on every host until it ends there, from the beginning or from now."""
+        agents, others = self._registered(record)
+
+        def work(agent: Agent) -> HostResult:
+            query = "from=now" if from_now else "from=start"
+            first = ("GET", "/follow/%s?%s" % (record.reqid, query), None)
+            return _explain(self._client.follow(agent, record.reqid, first, show, from_now))
+
+        raise_descriptor_limit()
+        yield from others
+        results: list = []
+        parallel = max(self._config.max_parallel, min(len(agents), MAX_WAITING))
+        try:
+            for result in self._each(agents, "result", work, parallel) if agents else ():
+                results.append(result)
+                yield result
+        finally:
+            self._note(record, results)
+
+    def cancel(self, record: RequestRecord, username: str, token: str) -> Iterator[HostResult]:
+        """End a request's script on every host where it may run. States: cancelled, done (it had ended),
+        running (it could not be ended), expired, and those of transport."""
+        agents, others = self._registered(record)
+        body = {"reqid": record.reqid, "username": username, "token": token}
+        seconds = self._config.read_timeout + 3 * KILL_GRACE_SECONDS
+
+        def work(agent: Agent) -> HostResult:
+            return self._client.call(agent, record.reqid, "POST", "/cancel", body, _judge_cancel, seconds)
+
+        yield from others
+        yield from self._each(agents, "cancel", work) if agents else ()
 
 
 # --- changes to the registry ----------------------------------------------------------------------------
@@ -6593,7 +7733,8 @@ def check_dispatcher(config: Config) -> list:
 # 20. CLI
 # Owns:  verbs and their options as a table; text, tables and JSON; the prompt of pairing mode; the demo.
 #        The only section that prints.
-# Uses:  HEAD, ERRORS, GROUND, SETTINGS, OPENSSL, TRUST, WIRE, POLICY, AGENT, REGISTRY, PAIRING, DISPATCH
+# Uses:  HEAD, ERRORS, GROUND, SETTINGS, OPENSSL, TRUST, WIRE, POLICY, RECORDS, AGENT,
+#        REGISTRY, PAIRING, DISPATCH
 # ======================================================================================================
 
 
@@ -7113,12 +8254,9 @@ def _exact_output(answer: dict, stream: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def _render_block(result: HostResult) -> bytes:
-    """One host's block of `run`."""
+def _render_notes(result: HostResult) -> list:
+    """What there is to say about a host's run besides its output, a line each."""
     answer = result.answer if is_run_answer(result.answer) else {}
-    state = _paint("OK", "green") if result.state == "ok" else _paint("FAIL", "red")
-    facts = (result.host, state, answer.get("exit", -1), _milliseconds(result.rtt), result.reqid)
-    block = ("==> %s  [%s  exit:%d  %s  req:%s]\n" % facts).encode("utf-8")
     notes = []
     if result.error:
         notes.append("%s: %s" % (result.state, result.error) + (" (%s)" % result.hint if result.hint else ""))
@@ -7129,7 +8267,19 @@ def _render_block(result: HostResult) -> bytes:
     for stream in ("stdout", "stderr"):
         if answer.get(stream + "_truncated"):
             notes.append("%s bytes of %s were dropped (max_output)" % (answer[stream + "_truncated"], stream))
-    block += b"".join(one_line(note).encode("utf-8", "backslashreplace") + b"\n" for note in notes)
+    return notes
+
+
+def _render_block(result: HostResult, label: str = "") -> bytes:
+    """One host's block: how it went, then what it wrote."""
+    answer = result.answer if is_run_answer(result.answer) else {}
+    if not label:
+        state = _paint("OK", "green") if result.state == "ok" else _paint("FAIL", "red")
+        facts = (state, answer.get("exit", -1), _milliseconds(result.rtt), result.reqid)
+        label = "%s  exit:%d  %s  req:%s" % facts
+    block = ("==> %s  [%s]\n" % (result.host, label)).encode("utf-8", "backslashreplace")
+    for note in _render_notes(result):
+        block += one_line(note).encode("utf-8", "backslashreplace") + b"\n"
     for stream in ("stdout", "stderr"):
         output = _exact_output(answer, stream)
         block += output + (b"\n" if output and not output.endswith(b"\n") else b"")
@@ -7146,6 +8296,8 @@ def _run_entry(result: HostResult, script: str) -> dict:
     for key in (
         "signal",
         "timed_out",
+        "cancelled",
+        "interrupted",
         "stdout_truncated",
         "stderr_truncated",
         "stdout_base64",
@@ -7158,52 +8310,296 @@ def _run_entry(result: HostResult, script: str) -> dict:
     return entry
 
 
+def _render_submission(result: HostResult) -> str:
+    """One host's line of `run --async`."""
+    if result.state == "accepted":
+        return "==> %s  [accepted  %s]" % (result.host, _milliseconds(result.rtt))
+    word = "BUSY" if result.state == "busy" else "ERROR"
+    return "==> %s  [%s: %s]" % (result.host, word, one_line(result.error))
+
+
+class _LiveOutput:
+    """Shows what streamed runs write, line by line, each with its host when there are several. Whole lines
+    only, so that those of two hosts never mix; stdout goes to standard output, stderr to standard error."""
+
+    def __init__(self, several: bool, as_json: bool) -> None:
+        self._several = several
+        self._as_json = as_json
+        self._guard = threading.Lock()
+        self._rest: dict = {}  # (host, stream) to the beginning of a line
+
+    def show(self, host: str, stream: str, data: bytes) -> None:
+        """Take some output; called from several threads."""
+        with self._guard:
+            *lines, rest = (self._rest.pop((host, stream), b"") + data).split(b"\n")
+            if len(rest) >= MAX_LINE:  # a line without an end is shown in parts, not kept
+                lines, rest = [*lines, rest], b""
+            if rest:
+                self._rest[(host, stream)] = rest
+            if lines:
+                self._write(host, stream, lines)
+
+    def _write(self, host: str, stream: str, lines: list) -> None:
+        if self._as_json:
+            texts = [line.decode("utf-8", "replace") for line in lines]
+            data = b"".join(
+                encode_json({"host": host, "stream": stream, "line": text}) + b"\n" for text in texts
+            )
+            return _write_out(data)
+        if _is_terminal() if stream == "stdout" else sys.stderr is not None and sys.stderr.isatty():
+            lines = [printable(line.decode("utf-8", "replace")).encode("utf-8") for line in lines]
+        prefix = host.encode("ascii") + b": " if self._several else b""
+        data = b"".join(prefix + line + b"\n" for line in lines)
+        if stream == "stdout":
+            _write_out(data)
+        elif sys.stderr is not None:
+            sys.stderr.buffer.write(data)
+            sys.stderr.flush()
+
+    def end(self, host: str) -> None:
+        """Show the last line of a host's streams, if it had no end."""
+        with self._guard:
+            for stream in STREAMS:
+                rest = self._rest.pop((host, stream), b"")
+                if rest:
+                    self._write(host, stream, [rest])
+
+
+def _find_live(args: Any, hosts: Iterable) -> Optional[_LiveOutput]:
+    return _LiveOutput(len(list(hosts)) > 1, args.json) if args.stream else None
+
+
+def _render_cancelled(result: HostResult) -> str:
+    """One host's line of `cancel`."""
+    answer = result.answer
+    if result.state in ("cancelled", "done", "running") and type(answer.get("processes_left")) is int:
+        ended, left = answer.get("processes_ended", 0), answer["processes_left"]
+        line = "==> %s  [%s  processes ended: %s  processes left: %d]" % (
+            result.host,
+            result.state,
+            ended,
+            left,
+        )
+        if left and isinstance(answer.get("left"), list):
+            line += "\n" + "\n".join("left: process %s" % one_line(str(entry)) for entry in answer["left"])
+        return line
+    return "==> %s  [%s: %s]" % (result.host, result.state, one_line(result.error or "nothing to cancel"))
+
+
+def _stop_waiting(args: Any, dispatcher: Dispatcher, context: HookContext, left: list) -> int:
+    """After Ctrl-C: the scripts go on; a second Ctrl-C within two seconds ends them."""
+    if args.json:
+        _say_json({"ok": False, "error": "interrupted", "reqid": context.reqid, "running": left})
+    where = ", ".join(left) or "no host"
+    _warn("\nced: stopped waiting; the script may still run on %s (request %s)" % (where, context.reqid))
+    _warn("     to go on: ced wait %s, ced follow %s" % ((context.reqid,) * 2))
+    _warn("     to end it: ced cancel %s, or Ctrl-C again within 2 seconds" % context.reqid)
+    try:
+        time.sleep(2)
+        return 130
+    except KeyboardInterrupt:
+        _warn("\nced: cancelling")
+    record = dispatcher.get_request(context.reqid)
+    for result in dispatcher.cancel(record, context.username, context.token):
+        _warn(_render_cancelled(result))
+    return 130
+
+
+def _run_on_hosts(args: Any, opened: _Opened, request: RunRequest) -> list:
+    """Run, and print what there is as it comes; the results."""
+    live = _find_live(args, opened.agents)
+    results = []
+    for result in opened.dispatcher.run(opened.agents, request, live.show if live else None):
+        results.append(result)
+        if live:
+            live.end(result.host)
+        if args.json:
+            continue
+        if request.mode == "async":
+            say(_render_submission(result))
+        else:
+            _write_out(_render_block(result))
+    return results
+
+
 def cmd_run(args: Any, config: Config) -> int:
     if not args.hosts:
         raise UsageError("no script is named", "ced run HOST... SCRIPT [-- ARG...]")
+    if args.stream and getattr(args, "async"):
+        raise UsageError("--async and --stream do not go together", "start with --async, then: ced follow ID")
     *words, script = args.hosts
     arguments = tuple(args.script_args)
-    request = RunRequest(script, arguments, "", args.username or _user_name(), "", args.timeout or 0)
+    mode = "async" if getattr(args, "async") else "stream" if args.stream else "sync"
+    request = RunRequest(
+        script, arguments, "", args.username or _user_name(), "", args.timeout or 0, mode, args.retries or 0
+    )
     check_run_request(request)
     try:
-        dispatcher, agents, context, spoiled = _open_dispatch(
-            args, config, words, "run", script=script, args=arguments
-        )
+        opened = _open_dispatch(args, config, words, "run", script=script, args=arguments)
     except UnknownHost as error:
         if len(words) > 1 and not arguments:
             error.hint = error.hint or "arguments of the script go after --: ced run HOST... SCRIPT -- ARG..."
         raise
-    request = request._replace(reqid=context.reqid, token=context.token)
-    results = []
+    context = opened.context
+    request = request._replace(reqid=context.reqid, token=context.token, source_ip=context.source_ip)
     try:
-        for result in dispatcher.run(agents, request):
-            results.append(result)
-            if not args.json:
+        results = _run_on_hosts(args, opened, request)
+    except KeyboardInterrupt:
+        outcomes = opened.dispatcher.get_request(context.reqid).hosts.items()
+        left = sorted(name for name, outcome in outcomes if outcome.state in OPEN_STATES)
+        return _stop_waiting(args, opened.dispatcher, context, left)
+    well = all(result.state in ("ok", "accepted") for result in results)
+    if args.json:
+        entries = [
+            {"host": result.host, "status": result.state, "rtt": _milliseconds(result.rtt)}
+            if mode == "async"
+            else _run_entry(result, script)
+            for result in results
+        ]
+        for entry, result in zip(entries, results):
+            if result.error:
+                entry["error"] = result.error
+        _say_json({"ok": True, "reqid": request.reqid, "results": entries})
+    elif mode == "async":
+        say("Request %s" % request.reqid)
+    if len(results) > 1 and not args.json:
+        counts = ((state, sum(result.state == state for result in results)) for state in STATES)
+        shown = ", ".join("%d %s" % (count, state) for state, count in counts if count)
+        _warn("%d hosts: %s" % (len(results), shown))
+    return int(opened.spoiled or not well)
+
+
+# --- dispatcher: requests that were sent ----------------------------------------------------------------
+
+
+def _open_request(args: Any, config: Config, action: str) -> tuple:
+    """(dispatcher, the request's record, the hook's context) for a verb about an earlier request."""
+    dispatcher = Dispatcher(config)
+    record = dispatcher.get_request(args.id)
+    context = HookContext(
+        action, record.reqid, record.script, tuple(record.hosts), username=args.username or _user_name(),
+        token=_find_token(args), source_ip="127.0.0.1", submitter=record.username,
+        submitter_ip=record.source_ip,
+    )  # fmt: skip
+    dispatcher.authorise(context)
+    return dispatcher, record, context
+
+
+def _is_away(result: HostResult) -> bool:
+    """Whether a host that has the run could not be asked."""
+    return result.state == "unreachable" and result.rtt > 0
+
+
+def _host_status(result: HostResult) -> dict:
+    """One host of `status --json`."""
+    answer = result.answer if is_run_answer(result.answer) else {}
+    status = "done" if answer else result.state
+    entry = {"status": status}
+    entry.update(_run_entry(result, ""), state=result.state) if answer else {}
+    for key in ("script", "host", "rtt", "reqid"):
+        entry.pop(key, None)
+    if result.error:
+        entry["error"] = result.error
+    return entry
+
+
+def _report_request(args: Any, record: RequestRecord, results: list) -> int:
+    """Print where a request stands: 0 all well, 1 some failed, 2 some are not known to have ended."""
+    pending = sorted(result.host for result in results if result.state in OPEN_STATES or _is_away(result))
+    failed = any(result.state != "ok" and result.host not in pending for result in results)
+    status = 1 if failed and not pending else 2 if pending else 0
+    results = sorted(results, key=lambda result: result.host)
+    if args.json:
+        hosts = {result.host: _host_status(result) for result in results}
+        body = {"ok": True, "reqid": record.reqid, "script": record.script, "mode": record.mode}
+        body.update(started=record.started, complete=not pending, pending=pending, hosts=hosts)
+        _say_json(body)
+        return status
+    word = _paint("PENDING", "yellow") if pending else "COMPLETE"
+    say("Request %s  (script: %s)  [%s]" % (record.reqid, record.script, word))
+    for result in results:
+        if is_run_answer(result.answer):
+            _write_out(_render_block(result, "done  exit:%d" % result.answer["exit"]))
+        elif result.state in ("running", "expired"):
+            say("==> %s  [%s]" % (result.host, "EXPIRED" if result.state == "expired" else "running"))
+        else:
+            say("==> %s  [%s: %s]" % (result.host, result.state, one_line(result.error)))
+    return status
+
+
+def cmd_status(args: Any, config: Config) -> int:
+    dispatcher, record, _ = _open_request(args, config, "status")
+    return _report_request(args, record, list(dispatcher.wait(record, 0)))
+
+
+def cmd_wait(args: Any, config: Config) -> int:
+    dispatcher, record, _ = _open_request(args, config, "status")
+    return _report_request(args, record, list(dispatcher.wait(record, args.timeout)))
+
+
+def cmd_follow(args: Any, config: Config) -> int:
+    dispatcher, record, context = _open_request(args, config, "status")
+    live = _LiveOutput(len(record.hosts) > 1, args.json)
+    failed = False
+    try:
+        for result in dispatcher.follow(record, live.show, args.from_now):
+            live.end(result.host)
+            failed = failed or result.state != "ok"
+            if args.json:
+                _say_json(_run_entry(result, record.script))
+            else:
                 _write_out(_render_block(result))
     except KeyboardInterrupt:
-        left = sorted({agent.name for agent in agents} - {result.host for result in results})
-        if args.json:
-            _say_json({"ok": False, "error": "interrupted", "reqid": request.reqid, "running": left})
-        _warn(
-            "\nced: stopped waiting; the script may still run on %s (request %s)"
-            % (", ".join(left), request.reqid)
-        )
+        _warn("\nced: stopped following; to go on: ced follow %s" % context.reqid)
         return 130
+    return int(failed)
+
+
+def cmd_cancel(args: Any, config: Config) -> int:
+    dispatcher, record, context = _open_request(args, config, "cancel")
+    entries = []
+    well = True
+    for result in dispatcher.cancel(record, context.username, context.token):
+        nothing_left = result.answer.get("processes_left") == 0
+        never_ran = result.state in ("busy", "refused", "skipped", "expired") and not result.answer.get(
+            "error"
+        )
+        well = well and ((result.state in ("cancelled", "done") and nothing_left) or never_ran)
+        if not args.json:
+            say(_render_cancelled(result))
+        entry = {"host": result.host, "status": result.state}
+        keys = ("exit", "signal", "processes_ended", "processes_left", "left")
+        entry.update({key: result.answer[key] for key in keys if key in result.answer})
+        if result.error:
+            entry["error"] = result.error
+        entries.append(entry)
     if args.json:
-        _say_json(
-            {
-                "ok": True,
-                "reqid": request.reqid,
-                "results": [_run_entry(result, script) for result in results],
-            }
+        _say_json({"ok": True, "reqid": record.reqid, "results": entries})
+    return int(not well)
+
+
+def cmd_history(args: Any, config: Config) -> int:
+    records, problems = list_request_records(config.runs_dir)
+    for problem in problems:
+        _warn("ced: " + problem)
+    records = records[: args.last or None]
+    if args.json:
+        shown = []
+        for record in records:
+            hosts = {name: outcome._asdict() for name, outcome in record.hosts.items()}
+            shown.append(dict(record._asdict(), hosts=hosts))
+        _say_json({"ok": not problems, "runs": shown})
+        return int(bool(problems))
+    rows = []
+    for record in records:
+        states = [outcome.state for outcome in record.hosts.values()]
+        summary = ", ".join("%d %s" % (states.count(state), state) for state in sorted(set(states)))
+        hosts = ",".join(list(record.hosts)[:3]) + (",..." if len(record.hosts) > 3 else "")
+        rows.append(
+            (record.reqid, record.started, record.mode, record.username, record.script, hosts, summary)
         )
-    elif len(results) > 1:
-        counts = ((state, sum(result.state == state for result in results)) for state in STATES)
-        _warn(
-            "%d hosts: %s"
-            % (len(results), ", ".join("%d %s" % (count, state) for state, count in counts if count))
-        )
-    return int(spoiled or any(result.state != "ok" for result in results))
+    say(_render_table(("REQUEST", "STARTED", "MODE", "USER", "SCRIPT", "HOSTS", "STATES"), rows))
+    return int(bool(problems))
 
 
 def cmd_discovery(args: Any, config: Config) -> int:
@@ -7440,6 +8836,13 @@ def _count_option(text: str) -> int:
         raise UsageError("expected %s, not `%s`" % (error, one_line(text[:40]))) from None
 
 
+def _seconds_option(text: str) -> int:
+    try:
+        return parse_count(text)
+    except ValueError as error:
+        raise UsageError("expected %s" % error) from None
+
+
 def _agent_port_option(text: str) -> int:
     try:
         return parse_count(text, 1, 65535)
@@ -7485,6 +8888,14 @@ _PLACE = (
     _option("--ip", metavar="A", help="its IP address"),
     _option("--agent-port", type=_agent_port_option, metavar="P", help="its port"),
     _LOOKUP_BY,
+)
+
+
+_REQUEST = (
+    _option("id", metavar="ID"),
+    _option("--username", metavar="NAME", help="who asks, for hooks (default: you)"),
+    _option("--token", metavar="T", help="for hooks; better in ENVEXEC_TOKEN"),
+    _JSON,
 )
 
 
@@ -7535,7 +8946,25 @@ COMMANDS = (
     Command("dispatcher", "run", "run a script: run HOST... SCRIPT [-- ARG...]", (
         *_HOSTS,
         _option("--timeout", type=_count_option, metavar="S", help="seconds the script may take"),
+        _option("--async", action="store_true", help="print the request id and return at once"),
+        _option("--stream", action="store_true", help="show each line as the script writes it"),
+        _option("--retries", type=_count_option, metavar="N",
+                help="repeat up to N times what is known not to have started"),
     ), cmd_run),
+    Command("dispatcher", "status", "how an earlier request goes", _REQUEST, cmd_status),
+    Command("dispatcher", "wait", "wait for the end of an earlier request", (
+        *_REQUEST,
+        _option("--timeout", type=_seconds_option, metavar="S", help="at most S seconds; then exit 2"),
+    ), cmd_wait),
+    Command("dispatcher", "follow", "show what an earlier request writes", (
+        *_REQUEST,
+        _option("--from-now", action="store_true", help="not what it has written so far"),
+    ), cmd_follow),
+    Command("dispatcher", "cancel", "end the script of an earlier request", _REQUEST, cmd_cancel),
+    Command("dispatcher", "history", "the requests of the last day", (
+        _option("--last", type=_count_option, metavar="N", help="only the latest N"),
+        _JSON,
+    ), cmd_history),
     Command("dispatcher", "list-locks", "scripts that are being run from here", (_JSON,), cmd_list_locks),
     Command("dispatcher", "check", "check files, certificates and registry", (_JSON,), cmd_check),
     Command("agent", "serve", "run the agent, in the foreground", (

@@ -1074,7 +1074,8 @@ def test_a_dispatcher_that_the_agent_refuses_is_told_why_every_time(field):
     told = set()
     for _ in range(40):
         with pytest.raises(ctrl_exec.TransportError) as caught:
-            ctrl_exec.call_agent(target, context, frozenset(), "POST", "/ping", {"reqid": "x"}, 20, 20)
+            with ctrl_exec.connect_agent(target, context, frozenset(), 20) as connection:
+                connection.request("POST", "/ping", {"reqid": "x"}, ctrl_exec.Deadline(20))
         told.add((caught.value.message.partition(": ")[2], caught.value.state))
     assert told == {("it does not know the CA of our certificate", "unreachable")}
 

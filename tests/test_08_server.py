@@ -265,11 +265,11 @@ def test_three_hundred_requests_leave_no_thread_descriptor_or_process(fresh):
 
     burst(20)
     wait_until(lambda: count_threads(front_of(solo)) == 1, what="the end of all threads")
-    wait_until(lambda: len(solo.children()) == 1, what="the end of all supervisors")
+    wait_until(lambda: len(solo.children()) == 2, what="the end of all supervisors")
     before = counts()
     burst(300)
     wait_until(lambda: counts() == before, 60, "the counts of before")
-    assert len(wait_until(lambda: len(solo.children()) == 1 and solo.children())) == 1
+    assert len(wait_until(lambda: len(solo.children()) == 2 and solo.children())) == 2
     status, printed = end(solo)
     assert (status, printed) == (0, "")
     assert "ACTION=bug" not in solo.log()

@@ -103,6 +103,10 @@ class Site:
         assert shown["ok"] is True, shown
         return shown["results"][0]
 
+    def result(self, reqid, query=""):
+        """(status, answer) of one GET /result."""
+        return support.post(self.host.port, self.context, "/result/" + reqid + query, b"", method="GET")
+
     def start(self, script, *args, **fields):
         """Ask in a thread; returns an object whose .wait() is (status, answer)."""
         return _Asked(self, script, args, fields)
@@ -479,12 +483,12 @@ def test_a_run_leaves_a_record_without_arguments_or_token(site):
     answer = site.run("both", "argument-canary", reqid=reqid, username="ann", token="token-canary")
     directory = os.path.join(site.host.config.runs_dir, "control")
     record = site.host.record(reqid)
-    assert record.pop("pid") > 0
+    assert record.pop("pid") > 0 and record.pop("supervisor") > 0 and record.pop("birth")
     assert record == {
         "reqid": reqid, "owner": "control", "script": "both", "host": "solo", "username": "ann",
         "peer_ip": "127.0.0.1", "status": "done", "started": answer["started"],
         "finished": answer["finished"], "exit": 0, "signal": "", "timed_out": False,
-        "stdout_truncated": 0, "stderr_truncated": 0, "error": "",
+        "cancelled": False, "interrupted": False, "stdout_truncated": 0, "stderr_truncated": 0, "error": "",
     }  # fmt: skip
     for suffix in (".json", ".out", ".err"):
         path = os.path.join(directory, reqid + suffix)
@@ -546,11 +550,8 @@ def test_the_same_request_many_times_at_once_runs_once(site, tmp_path):
     mark, reqid = tmp_path / "mark", ctrl_exec.new_id()
     asked = [site.start("slow-mark", str(mark), reqid=reqid) for _ in range(8)]
     answers = [one.wait() for one in asked]
-    assert {status for status, _ in answers} <= {200, 409}
-    done = [answer for status, answer in answers if status == 200]
-    assert done and all(answer["stdout"] == "marked\n" for answer in done)
-    busy = [answer for status, answer in answers if status == 409]
-    assert all(answer["status"] == "busy" and "running" in answer["error"] for answer in busy)
+    assert [status for status, _ in answers] == [200] * 8
+    assert all(answer == answers[0][1] and answer["stdout"] == "marked\n" for _, answer in answers)
     assert mark.read_text() == "x\n"
 
 
@@ -637,7 +638,7 @@ def test_a_client_that_goes_away_leaves_the_run_and_its_record_is_completed(site
         sock.sendall(head + body)
         wait_until(lambda: site.pid(reqid), what="the run's process")
     pid = site.pid(reqid)
-    assert site.ask("gate", str(gate), reqid=reqid)[0] == 409 and is_alive(pid)
+    assert site.result(reqid)[1]["status"] == "running" and is_alive(pid)
     gate.touch()
     record = wait_until(lambda: site.host.record(reqid)["status"] == "done" and site.host.record(reqid))
     assert record["exit"] == 0
@@ -676,9 +677,10 @@ def test_a_run_keeps_its_slot_and_its_result_over_a_restart_of_the_agent(own, tm
     own.host.process.stdout.close()
     own.host.start()
     assert own.ask("gate", str(gate))[0] == 409
-    status, answer = own.ask("gate2", str(gate), reqid=reqid)
-    assert status == 409 and "running" in answer["error"]
+    assert own.result(reqid)[1]["status"] == "running"
+    again = own.start("gate2", str(gate), reqid=reqid)  # waits for the end of the first one
     gate.touch()
+    assert again.wait()[1]["stdout"] == "through\n"
     wait_until(lambda: own.host.record(reqid)["status"] == "done", what="the record's end")
     assert own.run("gate2", "anything", reqid=reqid)["stdout"] == "through\n"
     assert own.run("gate", str(gate))["stdout"] == "through\n"
@@ -841,7 +843,10 @@ def test_a_run_that_fills_the_disk_still_tells_its_exit_and_what_was_lost(tmp_pa
         assert 0 < kept < 256 * 1024
         assert kept + answer["stdout_truncated"] == 1024 * 1024
         assert len(answer["stderr"]) + answer.get("stderr_truncated", 0) == len("end\n")
-        assert site.host.events("run-store-fail")
+        record = site.host.record(answer["reqid"])
+        assert (record["status"], record["exit"]) == ("done", 0)
+        assert record["stdout_truncated"] == answer["stdout_truncated"]
+        assert site.result(answer["reqid"])[1] == answer
         assert site.host.events("bug") == []
 
 

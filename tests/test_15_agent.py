@@ -231,6 +231,7 @@ def test_a_run_answers_with_the_documented_fields(deployment):
     assert answer.pop("started") <= answer.pop("finished")
     assert answer == {
         "script": "hello", "exit": 0, "stdout": "hello\n", "stderr": "", "reqid": reqid, "host": "alpha",
+        "owner": "control", "status": "done",
     }  # fmt: skip
 
 
@@ -303,7 +304,7 @@ def test_two_hundred_runs_leave_no_process_descriptor_or_thread(site, host):
         )  # fmt: skip
 
     ask(site.control, host, "hello")
-    before = wait_until(lambda: len(host.children()) == 1 and sizes()[3] == 1 and sizes(), what="quiet")
+    before = wait_until(lambda: len(host.children()) == 2 and sizes()[3] == 1 and sizes(), what="quiet")
     connection = http.client.HTTPSConnection("127.0.0.1", host.port, context=context, timeout=60)
     for number in range(200):
         body = json.dumps({"script": "hello", "reqid": "soak-%d-%s" % (number, ctrl_exec.new_id())})

@@ -39,9 +39,12 @@ def tree(path):
 def answer_to(rules, job):
     """What a supervisor answers to a front's message: its first line as an object."""
     ours, theirs = socket.socketpair()
-    with ours:
+    executor, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, executor:
+        with theirs:
+            socket.send_fds(executor, [b"job"], [theirs.fileno()])
         ctrl_exec.send_job(ours, job)
-        ctrl_exec.serve_job(theirs, rules)
+        ctrl_exec.serve_job(control, rules)
         return json.loads(ours.makefile("rb").readline())
 
 

@@ -83,11 +83,10 @@ FAN_LAUNCHER = """\
 import os, sys
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
 import ctrl_exec
-plain = ctrl_exec.call_agent
-def call_agent(target, context, revoked, method, path, body, *rest):
-    body = dict(body, reqid=body["reqid"] + "-" + target.name)
-    return plain(target, context, revoked, method, path, body, *rest)
-ctrl_exec.call_agent = call_agent
+plain = ctrl_exec.HostClient.call
+def call(self, agent, reqid, method, path, body, *rest):
+    return plain(self, agent, reqid, method, path, dict(body, reqid=reqid + "-" + agent.name), *rest)
+ctrl_exec.HostClient.call = call
 status = ctrl_exec.main(sys.argv)
 with open("/proc/self/status") as file:
     peak = [line.split()[1] for line in file if line.startswith("VmHWM")][0]
@@ -119,7 +118,7 @@ for owner, name, label in (
     (ctrl_exec, "load_config", "load the configuration"),
     (ctrl_exec, "new_client_context", "TLS context, key and CA"),
     (ctrl_exec, "load_revoked", "revocation list"),
-    (ctrl_exec.Dispatcher, "select", "registry"), (ctrl_exec, "call_agent", "the call, all of it"),
+    (ctrl_exec.Dispatcher, "select", "registry"), (ctrl_exec.HostClient, "call", "the call, all of it"),
     (ctrl_exec, "_connect", "  of that: connect"),
     (ctrl_exec.ssl.SSLSocket, "do_handshake", "  of that: handshake"),
     (ctrl_exec.Connection, "check_identity", "  of that: check the identity"),
