@@ -4029,7 +4029,7 @@ class _Started(NamedTuple):
     stderr: int
 
 
-def _script_environment(request: JobRequest, account: Account) -> dict:
+def _script_environment(request: JobRequest, account: Account, host: str) -> dict:
     return {
         "PATH": SAFE_PATH,
         "HOME": account.home,
@@ -4040,6 +4040,7 @@ def _script_environment(request: JobRequest, account: Account) -> dict:
         "CTRL_EXEC_REQID": request.reqid,
         "CTRL_EXEC_SCRIPT": request.script,
         "CTRL_EXEC_DISPATCHER": request.owner,
+        "CTRL_EXEC_HOST": host,
     }
 
 
@@ -4336,7 +4337,10 @@ class _Watch:
 def find_run_processes(record: RunRecord) -> list:
     """The processes that a run still has: those of its session, and those that left it but were started with
     its request id. A number that belongs to somebody else's process by now is not believed."""
-    marks = ("CTRL_EXEC_REQID=" + record.reqid, "CTRL_EXEC_DISPATCHER=" + record.owner)
+    marks = tuple(
+        "CTRL_EXEC_%s=%s" % mark
+        for mark in (("REQID", record.reqid), ("DISPATCHER", record.owner), ("HOST", record.host))
+    )
     leader = find_process(record.pid)
     is_ours = leader is not None and leader.birth == record.birth
     return [
@@ -4527,7 +4531,7 @@ class Job:
                 os.close(claim)
                 raise FileExistsError(request.reqid)
             self._open_spools(claim)
-            environment = _script_environment(request, account)
+            environment = _script_environment(request, account, rules.host)
             self._start(stage, _Plan(path, request.args, environment, account, self._script.profile))
         except BaseException:
             self._release()

@@ -444,6 +444,7 @@ def test_the_environment_is_exactly_the_documented_one(site):
         "PATH": ctrl_exec.SAFE_PATH, "HOME": entry.pw_dir, "USER": entry.pw_name, "SHELL": entry.pw_shell,
         "LANG": "C.UTF-8", "TZ": "UTC", "CTRL_EXEC_REQID": reqid, "CTRL_EXEC_SCRIPT": "env",
         "CTRL_EXEC_DISPATCHER": "control",
+        "CTRL_EXEC_HOST": "solo",
     }  # fmt: skip
 
 
