@@ -3157,15 +3157,18 @@ class Connection:
             self._send(encode_request(method, path, self._name.split()[0], body, True), deadline)
             truth.sent = True
             answer = read_answer(self._channel, deadline)
-            rest = b""
+            rest = bytearray()
             for piece in read_body(self._channel, answer, deadline, limit):
-                *lines, rest = (rest + piece).split(b"\n")
-                for line in lines:
-                    yield answer.status, parse_json(line)
+                rest += piece
+                if b"\n" in piece:
+                    *lines, last = bytes(rest).split(b"\n")
+                    rest = bytearray(last)
+                    for line in lines:
+                        yield answer.status, parse_json(line)
                 if len(rest) > MAX_ANSWER:
                     raise TooLarge("a line of the answer has more than %d bytes" % MAX_ANSWER)
             if rest:
-                yield answer.status, parse_json(rest)
+                yield answer.status, parse_json(bytes(rest))
 
     def descriptor(self) -> int:
         return self._tls.fileno()
@@ -4805,15 +4808,26 @@ def _serve_follow(channel: socket.socket, rules: JobRules, request: JobRequest) 
     _follow_run(channel, rules.store, _get_record(rules, request), offsets)
 
 
+def _ask_supervisor(store: RunStore, record: RunRecord) -> None:
+    """Ask a run's supervisor to end it. A claim means that it lives, so that its number is nobody else's; but
+    whoever settles the run of a dead one holds that claim as well, for a moment."""
+    process, own = find_process(record.supervisor), find_process(os.getpid())
+    if process is None or own is None or (process.name, process.pid) != (own.name, process.session):
+        return
+    if is_claimed(record_path(store, record.owner, record.reqid, STREAMS["stdout"])):
+        try:
+            os.kill(record.supervisor, signal.SIGUSR1)
+        except OSError:  # it has just ended
+            pass
+
+
 def _serve_cancel(channel: socket.socket, rules: JobRules, request: JobRequest) -> None:
     """End a run: its supervisor is asked, so that its record is true; then see what is left."""
     record = settle_run(rules.store, _get_record(rules, request))
     had = []
     if record.status != "done":
         had = find_run_processes(record)
-        # A claim means that the supervisor lives, so that its number is nobody else's.
-        if is_claimed(record_path(rules.store, record.owner, record.reqid, STREAMS["stdout"])):
-            os.kill(record.supervisor, signal.SIGUSR1)
+        _ask_supervisor(rules.store, record)
         record = _await_run(channel, rules.store, record, KILL_GRACE_SECONDS + 10)
     left = find_run_processes(record)
     deadline = Deadline(1)
@@ -7332,7 +7346,10 @@ class HostClient:
                     raise _Malformed("the agent's answer has no valid `stream`")
                 offsets[event["stream"]] = event["offset"]
                 exact = event.get("base64")
-                data = base64.b64decode(exact) if isinstance(exact, str) else event["data"].encode("utf-8")
+                try:
+                    data = base64.b64decode(exact) if type(exact) is str else event["data"].encode("utf-8")
+                except ValueError:
+                    raise _Malformed("the agent's answer has output that is none") from None
                 if show is not None:
                     show(agent.name, event["stream"], data)
             return None
@@ -7363,6 +7380,21 @@ class HostClient:
             raise TransportError(lost.message, "unknown")
 
         return self._judge_safely(agent, reqid, exchange)
+
+
+def _update_request(record: RequestRecord, results: list) -> RequestRecord:
+    """A request's record with what hosts have said since."""
+    hosts = dict(record.hosts)
+    for result in results:
+        known = hosts[result.host].state
+        if result.state in ("expired", "cancelled", "done"):
+            continue  # they say nothing about how it went
+        if result.state in OPEN_STATES and known not in OPEN_STATES:
+            continue  # what was known is better
+        exit_status = result.answer["exit"] if is_run_answer(result.answer) else -1
+        hosts[result.host] = Outcome(result.state, exit_status, result.error)
+    has_ended = all(outcome.state not in OPEN_STATES for outcome in hosts.values())
+    return record._replace(hosts=hosts, finished=record.finished or (iso_time(now()) if has_ended else ""))
 
 
 def _explain(result: HostResult) -> HostResult:
@@ -7493,28 +7525,14 @@ class Dispatcher:
             finally:
                 skipped = Outcome("skipped", -1, "interrupted before anything was sent")
                 record.hosts.update({name: skipped for name in names if name not in begun})
-                self._note(record, results)
+                self._save(_update_request(record, results))
         sweep_requests(self._config.runs_dir, self._config.run_retention_hours * 3600)
 
-    def _note(self, record: RequestRecord, results: list) -> RequestRecord:
-        """Bring a request's record up to date with what hosts have said."""
-        hosts = dict(record.hosts)
-        for result in results:
-            if result.state in OPEN_STATES and hosts[result.host].state not in OPEN_STATES:
-                continue  # what was known is better
-            exit_status = result.answer.get("exit", -1)
-            if result.state not in ("expired", "cancelled", "done"):
-                hosts[result.host] = Outcome(result.state, exit_status, result.error)
-        finished = record.finished
-        if not finished and all(outcome.state not in OPEN_STATES for outcome in hosts.values()):
-            finished = iso_time(now())
-        changed = record._replace(hosts=hosts, finished=finished)
-        if changed != record or finished:
-            try:
-                save_request(self._config.runs_dir, changed)
-            except StorageError as error:
-                LOG.event("run-store-fail", REQID=record.reqid, MESSAGE=error.message)
-        return changed
+    def _save(self, record: RequestRecord) -> None:
+        try:
+            save_request(self._config.runs_dir, record)
+        except StorageError as error:
+            LOG.event("run-store-fail", REQID=record.reqid, MESSAGE=error.message)
 
     def _run_with_retries(
         self, agent: Agent, request: RunRequest, body: dict, show: Optional[Callable]
@@ -7590,7 +7608,9 @@ class Dispatcher:
                 results.append(result)
                 yield result
         finally:
-            self._note(record, results)
+            changed = _update_request(record, results)
+            if changed != record:
+                self._save(changed)
 
     def follow(self, record: RequestRecord, show: Callable, from_now: bool) -> Iterator[HostResult]:
         """Show what a request writes on every host until it ends there, from the beginning or from now."""
@@ -7610,7 +7630,9 @@ class Dispatcher:
                 results.append(result)
                 yield result
         finally:
-            self._note(record, results)
+            changed = _update_request(record, results)
+            if changed != record:
+                self._save(changed)
 
     def cancel(self, record: RequestRecord, username: str, token: str) -> Iterator[HostResult]:
         """End a request's script on every host where it may run. States: cancelled, done (it had ended),
@@ -8378,12 +8400,8 @@ def _render_cancelled(result: HostResult) -> str:
     answer = result.answer
     if result.state in ("cancelled", "done", "running") and type(answer.get("processes_left")) is int:
         ended, left = answer.get("processes_ended", 0), answer["processes_left"]
-        line = "==> %s  [%s  processes ended: %s  processes left: %d]" % (
-            result.host,
-            result.state,
-            ended,
-            left,
-        )
+        facts = (result.host, result.state, one_line(str(ended)[:20]), left)
+        line = "==> %s  [%s  processes ended: %s  processes left: %d]" % facts
         if left and isinstance(answer.get("left"), list):
             line += "\n" + "\n".join("left: process %s" % one_line(str(entry)) for entry in answer["left"])
         return line

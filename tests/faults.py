@@ -165,7 +165,9 @@ class Scene:
         assert set(states) == {"done"}
 
     def _record_names(self):
-        return [n for n in os.listdir(os.path.join(self.host.config.runs_dir, "control")) if n.endswith(".json")]
+        return [
+            n for n in os.listdir(os.path.join(self.host.config.runs_dir, "control")) if n.endswith(".json")
+        ]
 
 
 # --- what can happen while runs go on -------------------------------------------------------------------

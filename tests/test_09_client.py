@@ -180,7 +180,7 @@ FAILURES = {
         "no",
     ),
     "busy": (answering_json({"error": "it runs already"}, 409), "own", "busy", "it runs already"),
-    "failing": (answering_json({}, 503), "own", "failed", "the agent answered 503"),
+    "failing": (answering_json({}, 503), "own", "busy", "the agent answered 503"),
     "error-an-object": (answering_json({"error": {"a": 1}}, 500), "own", "failed", "a"),
     "slow": (saying_nothing_after_tls, "own", "timeout", "read timeout after 4s"),
     "dripping": (dripping, "own", "timeout", "read timeout after 4s"),

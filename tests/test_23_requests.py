@@ -1,4 +1,4 @@
-"""Requests that outlive their connection, as an operator sees them: async, status, wait, stream, follow, cancel."""
+"""Requests that outlive their connection, as an operator sees them."""
 
 import json
 import os
@@ -21,7 +21,7 @@ SCRIPTS = {
     "both": "echo out-1; echo err-1 >&2; echo out-2; echo err-2 >&2; printf tail\n",
     "stubborn": 'trap "" TERM; sleep 71 & sleep 72 & echo ready; wait; wait\n',
     "escape": "setsid sleep 73 & sleep 0.2; echo ready; wait; sleep 74\n",
-    "fail": "echo x >> \"$1\"; exit 3\n",
+    "fail": 'echo x >> "$1"; exit 3\n',
 }
 
 
@@ -284,9 +284,7 @@ def test_another_dispatchers_run_does_not_exist_for_this_one(site, tmp_path, ope
     ):  # fmt: skip
         status, answer = support.post(host.port, other, path, body, method)
         assert (status, answer["status"]) == (404, "unknown"), path
-        assert answer == support.post(host.port, other, path.replace(reqid, "none"), {"reqid": "none"}, method)[1] or (
-            answer["error"].replace(reqid, "none") == "no such request: none"
-        )
+        assert answer["error"] == "no such request: " + reqid
     assert host_status(site, reqid)["status"] == "running"
     gate.touch()
     assert site.control.run("wait", reqid).returncode == 0
@@ -320,7 +318,9 @@ def test_lines_of_several_hosts_carry_their_host_and_streams_stay_apart(site):
 
 def test_a_character_in_two_halves_and_a_byte_that_is_none_arrive_as_they_are(site, tmp_path):
     gate = tmp_path / "gate"
-    process = site.control.spawn("run", "--stream", "alpha", "halves", "--", str(gate), stdout=subprocess.PIPE)
+    process = site.control.spawn(
+        "run", "--stream", "alpha", "halves", "--", str(gate), stdout=subprocess.PIPE
+    )
     wait_until(lambda: any(r["status"] == "running" for r in all_records(site["alpha"], "halves")))
     gate.touch()
     out = process.communicate(timeout=30)[0]
@@ -359,9 +359,12 @@ def test_a_stream_that_loses_its_connection_shows_every_line_once(site, relay, t
 def test_a_run_can_be_followed_from_its_beginning_and_from_now(site, tmp_path):
     gate = tmp_path / "gate"
     reqid = submit(site, "alpha", "gate", "--", str(gate))
-    wait_until(lambda: os.path.getsize(os.path.join(site["alpha"].config.runs_dir, "control", reqid + ".out")))
+    wait_until(
+        lambda: os.path.getsize(os.path.join(site["alpha"].config.runs_dir, "control", reqid + ".out"))
+    )
     both = [
-        site.control.spawn("follow", *options, reqid, stdout=subprocess.PIPE) for options in ((), ("--from-now",))
+        site.control.spawn("follow", *options, reqid, stdout=subprocess.PIPE)
+        for options in ((), ("--from-now",))
     ]
     assert both[0].stdout.readline() == b"begun\n"
     wait_until(lambda: len([e for e in site["alpha"].events("result") if reqid in e and "FOLLOW" in e]) == 2)
@@ -576,7 +579,12 @@ def test_the_hook_is_asked_about_earlier_requests_and_obeyed(site, tmp_path):
         "--config", conf, "run", "--async", "--username", "ann", "alpha", "hello"
     )
     reqid = shown["reqid"]
-    for verb, action in (("wait", "status"), ("status", "status"), ("follow", "status"), ("cancel", "cancel")):
+    for verb, action in (
+        ("wait", "status"),
+        ("status", "status"),
+        ("follow", "status"),
+        ("cancel", "cancel"),
+    ):
         assert site.control.run("--config", conf, verb, reqid).returncode == 0
         assert told.read_text().splitlines()[-1] == "%s %s ann hello" % (action, reqid)
         denied = site.control.run("--config", conf, verb, "--username", "mallory", reqid)

@@ -100,7 +100,9 @@ def test_whoever_asks_settles_a_run_that_recovery_has_missed(scene):
     os.kill(scene.supervisor(one), signal.SIGKILL)
     record = ctrl_exec.find_record(rules.store, "control", one.reqid)
     assert record.status == "running"
-    wait_until(lambda: not ctrl_exec.is_claimed(ctrl_exec.record_path(rules.store, "control", one.reqid, ".out")))
+    wait_until(
+        lambda: not ctrl_exec.is_claimed(ctrl_exec.record_path(rules.store, "control", one.reqid, ".out"))
+    )
     settled = ctrl_exec.settle_run(rules.store, record)
     scene.host.process.send_signal(signal.SIGCONT)
     assert (settled.status, settled.interrupted, scene.group(one)) == ("done", True, [])
@@ -112,7 +114,16 @@ def test_a_process_that_got_the_number_of_an_old_script_is_left_alone(scene):
     rules, _ = ctrl_exec.build_rules(scene.host.config, "solo", frozenset({"control"}))
     with subprocess.Popen(["sleep", "60"], start_new_session=True) as innocent:
         record = ctrl_exec.RunRecord(
-            "old", "control", "held", "solo", "", "", "running", ctrl_exec.iso_time(0), innocent.pid, "1@other"
+            "old",
+            "control",
+            "held",
+            "solo",
+            "",
+            "",
+            "running",
+            ctrl_exec.iso_time(0),
+            innocent.pid,
+            "1@other",
         )
         os.makedirs(os.path.join(rules.store.directory, "control"), exist_ok=True)
         ctrl_exec.write_record(rules.store, record, new=True)
