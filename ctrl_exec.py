@@ -2516,8 +2516,10 @@ def read_request(channel: Channel, first_byte: Deadline, limit: int = MAX_BODY) 
         channel.write(b"HTTP/1.1 100 Continue\r\n\r\n", WRITE_SECONDS)  # curl waits a second for it
     body = channel.read_exactly(length, Deadline(BODY_SECONDS))
     path, _, query = hit[2].decode("ascii").partition("?")
-    pairs = (part.partition("=") for part in query.split("&") if part)
-    return Request(method, path, {p[0]: p[2] for p in pairs}, "1.%s" % hit[3].decode("ascii"), headers, body)
+    pairs = [part.partition("=")[::2] for part in query.split("&") if part]
+    if len(dict(pairs)) < len(pairs):
+        raise BadRequest("a name is there twice in the query")
+    return Request(method, path, dict(pairs), "1.%s" % hit[3].decode("ascii"), headers, body)
 
 
 def encode_request(method: str, path: str, host: str, body: Optional[dict], keep: bool) -> bytes:
@@ -4073,17 +4075,6 @@ def _apply_profile(plan: _Plan) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (profile.memory, profile.memory))
 
 
-def _become_script(plan: _Plan, descriptors: tuple) -> None:
-    """In the child: never returns normally."""
-    for number, descriptor in enumerate(descriptors):
-        os.dup2(descriptor, number)  # all our other descriptors are close-on-exec
-    reset_signals()
-    os.umask(0o022)
-    os.chdir("/")
-    _apply_profile(plan)
-    os.execve(plan.path, [plan.path, *plan.args], plan.environment)
-
-
 class Stage:
     """A process that waits to be told which script to become. It is forked before anybody asks for a run,
     which takes its cost off the run; and it ends by itself when we do, so that a run's record can be on disk,
@@ -4107,11 +4098,18 @@ class Stage:
         """The process's own life; never returns."""
         try:
             os.setsid()
-            close_descriptors([LOG.descriptor(), *theirs])
+            close_descriptors(theirs)
+            for number in range(3):
+                os.dup2(theirs[number], number)  # all our other descriptors are close-on-exec
+            reset_signals()
+            os.umask(0o022)
+            os.chdir("/")
             with open(theirs[3], "rb") as file:
                 text = file.read()
             if text:
-                _become_script(_decode_plan(text), theirs[:3])
+                plan = _decode_plan(text)
+                _apply_profile(plan)
+                os.execve(plan.path, [plan.path, *plan.args], plan.environment)
         except BaseException as error:
             code = getattr(error, "errno", None) or 0
             said = "%d %s" % (code, getattr(error, "strerror", None) or error)
@@ -7104,6 +7102,7 @@ class HostResult(NamedTuple):
 
 STATES = ("ok", "accepted", "failed", "refused", "busy", "timeout", "unreachable", "unknown")
 OPEN_STATES = ("pending", "accepted", "running", "timeout", "unknown")  # the last word is not yet spoken
+NEVER_STARTED = ("refused", "busy", "unreachable", "skipped")
 
 LONG_POLL = 50  # seconds; less than what proxies and firewalls cut off, and a request a minute costs nothing
 MAX_WAITING = 1000  # threads that wait for hosts at once; each is idle, and costs some 100 KiB
@@ -7151,6 +7150,10 @@ class _Malformed(Exception):
     """An agent's answer lacks a field or has the wrong type in it."""
 
 
+class _TooOld(Exception):
+    """An agent's release does not know this request; the message is the request's name."""
+
+
 def _expect(answer: dict, fields: dict) -> dict:
     for name, kind in fields.items():
         if type(answer.get(name)) is not kind:
@@ -7192,15 +7195,17 @@ def _judge_result(status: int, answer: dict) -> tuple:
     if status == 404 and answer.get("status") == "unknown":
         return "expired", "no such run there"
     if status == 404:
-        return "refused", "the agent is of an older release, which keeps no results"
+        raise _TooOld("result")
     if status == 200 and answer.get("status") == "running":
         return "running", ""
     return _judge_run(status, answer)
 
 
 def _judge_cancel(status: int, answer: dict) -> tuple:
+    if status == 404 and answer.get("status") == "unknown":
+        return "expired", "no such run there"
     if status in (404, 405):
-        return _judge_result(404, answer)
+        raise _TooOld("cancel")
     if status != 200:
         return "refused", str(answer.get("error", "the agent answered %d" % status))
     _expect(answer, {"status": str, "processes_left": int})
@@ -7241,6 +7246,58 @@ def check_run_request(request: RunRequest) -> None:
             raise UsageError("argument %d has a NUL byte" % number)
     if len(encode_json({"args": request.args})) > MAX_BODY - 16384:
         raise UsageError("the arguments are larger than a request may be (%d bytes)" % (MAX_BODY - 16384))
+
+
+class _Received:
+    """What one host has shown of a run, however many connections that took."""
+
+    def __init__(self, host: str, is_run: bool, show: Optional[Callable], from_now: bool) -> None:
+        self._host = host
+        self._is_run = is_run  # the first request started it
+        self._show = show
+        self._offsets = dict.fromkeys(STREAMS, -1 if from_now else 0)
+
+    def where(self) -> str:
+        """Where to go on, as a query of /follow."""
+        if -1 in self._offsets.values():
+            return "from=now"
+        return "&".join("%s=%d" % pair for pair in self._offsets.items())
+
+    def take(self, status: int, event: dict) -> Optional[tuple]:
+        """Deal with one line; (state, error, answer) when it was the last one. Raises _Malformed."""
+        if "event" not in event:
+            return self._take_whole(status, event)
+        if event["event"] == "end":
+            answer = dict(event, **dict.fromkeys(STREAMS, ""))
+            return (*_judge_run(200, answer), answer)
+        if event["event"] == "output":
+            self._take_output(event)
+        return None
+
+    def _take_whole(self, status: int, answer: dict) -> tuple:
+        """An answer that is no stream: a refusal, or the result of a release that does not stream."""
+        if self._is_run and status == 404:  # asked by its id, after the connection had broken
+            raise TransportError("the agent knows no such run", "unknown")
+        state, error = (_judge_run if self._is_run else _judge_result)(status, answer)
+        for stream in STREAMS:
+            if state in ("ok", "failed") and self._show is not None:
+                self._show(self._host, stream, str(answer.get(stream, "")).encode("utf-8", "surrogatepass"))
+        return state, error, dict(answer, **dict.fromkeys(STREAMS, ""))
+
+    def _take_output(self, event: dict) -> None:
+        import base64
+
+        _expect(event, {"stream": str, "offset": int, "data": str})
+        if event["stream"] not in STREAMS:
+            raise _Malformed("the agent's answer has no valid `stream`")
+        self._offsets[event["stream"]] = event["offset"]
+        exact = event.get("base64")
+        try:
+            data = base64.b64decode(exact) if type(exact) is str else event["data"].encode("utf-8")
+        except ValueError:
+            raise _Malformed("the agent's answer has output that is none") from None
+        if self._show is not None:
+            self._show(self._host, event["stream"], data)
 
 
 class HostClient:
@@ -7285,6 +7342,8 @@ class HostClient:
             state, error, hint = problem.state, problem.message, problem.hint
         except _Malformed as problem:
             state, error, answer = "unknown", str(problem), {}
+        except _TooOld as problem:
+            state, error = "refused", "%s: %s runs an older agent" % (problem, agent.name)
         except (BrokenPipeError, OutputError):  # our own output, when it is shown as it comes
             raise
         except Exception as problem:
@@ -7324,59 +7383,29 @@ class HostClient:
         self, agent: Agent, reqid: str, first: tuple, show: Optional[Callable], from_now: bool = False
     ) -> HostResult:
         """Show a run on one host as it writes, over as many connections as that takes, each going on where
-        the last one broke; its result carries no output."""
-        import base64
-
-        offsets = dict.fromkeys(STREAMS, -1 if from_now else 0)
-
-        def take(status: int, event: dict) -> Optional[tuple]:
-            """Deal with one line; (state, error, answer) when it was the last one."""
-            if "event" not in event:
-                state, error = (_judge_run if first[0] == "POST" else _judge_result)(status, event)
-                for stream in STREAMS:  # of a release that does not stream
-                    if state in ("ok", "failed") and show is not None:
-                        show(agent.name, stream, event[stream].encode("utf-8", "surrogatepass"))
-                return state, error, dict(event, **dict.fromkeys(STREAMS, ""))
-            if event["event"] == "end":
-                answer = dict(event, **dict.fromkeys(STREAMS, ""))
-                return (*_judge_run(200, answer), answer)
-            if event["event"] == "output":
-                _expect(event, {"stream": str, "offset": int, "data": str})
-                if event["stream"] not in STREAMS:
-                    raise _Malformed("the agent's answer has no valid `stream`")
-                offsets[event["stream"]] = event["offset"]
-                exact = event.get("base64")
-                try:
-                    data = base64.b64decode(exact) if type(exact) is str else event["data"].encode("utf-8")
-                except ValueError:
-                    raise _Malformed("the agent's answer has output that is none") from None
-                if show is not None:
-                    show(agent.name, event["stream"], data)
-            return None
+        the last one broke; `first` is the first request: (method, path, body). The result has no output."""
+        seconds = self._config.read_timeout
+        received = _Received(agent.name, first[0] == "POST", show, from_now)
 
         def exchange() -> tuple:
             method, path, body = first
-            patience = Patience(self._config.read_timeout)
             lost: Optional[TransportError] = None
-            deadline = Deadline(self._config.read_timeout)
+            deadline = Deadline(seconds)
             while lost is None or not deadline.is_over():
                 try:
                     with self._connect(agent) as connection:
-                        for status, event in connection.request_lines(method, path, body, patience):
-                            deadline = Deadline(self._config.read_timeout)
-                            ended = take(status, event)
+                        for status, event in connection.request_lines(method, path, body, Patience(seconds)):
+                            ended = received.take(status, event)
                             if ended is not None:
                                 return ended
+                            deadline = Deadline(seconds)
                     raise TransportError("%s ended the stream too early" % agent.name, "unknown")
                 except TransportError as problem:
-                    if lost is None and problem.state == "unreachable" and first[0] == "POST":
+                    if lost is None and problem.state == "unreachable" and method == "POST":
                         raise  # nothing has been sent
-                    lost = problem
+                    lost = lost or problem
                 time.sleep(min(1.0, deadline.left()))
-                query = "&".join("%s=%d" % pair for pair in offsets.items())
-                method, path, body = "GET", "/follow/%s?%s" % (reqid, query), None
-                if -1 in offsets.values():
-                    path = "/follow/%s?from=now" % reqid
+                method, path, body = "GET", "/follow/%s?%s" % (reqid, received.where()), None
             raise TransportError(lost.message, "unknown")
 
         return self._judge_safely(agent, reqid, exchange)
@@ -7557,7 +7586,7 @@ class Dispatcher:
         """The agents that can still be asked about a request, and a result for each host that cannot."""
         agents, others = [], []
         for name, outcome in record.hosts.items():
-            if outcome.state in ("refused", "busy", "unreachable", "skipped"):
+            if outcome.state in NEVER_STARTED:
                 others.append(HostResult(name, outcome.state, record.reqid, 0.0, outcome.error))
                 continue
             agent = find_agent(self._config.registry_dir, name)
@@ -8583,9 +8612,7 @@ def cmd_cancel(args: Any, config: Config) -> int:
     well = True
     for result in dispatcher.cancel(record, context.username, context.token):
         nothing_left = result.answer.get("processes_left") == 0
-        never_ran = result.state in ("busy", "refused", "skipped", "expired") and not result.answer.get(
-            "error"
-        )
+        never_ran = result.state == "expired" or record.hosts[result.host].state in NEVER_STARTED
         well = well and ((result.state in ("cancelled", "done") and nothing_left) or never_ran)
         if not args.json:
             say(_render_cancelled(result))

@@ -4,48 +4,16 @@ import json
 import socket
 import ssl
 import struct
-import threading
 import time
 
 import pytest
 
 import ctrl_exec
 import support
+from peers import Peer, answering, answering_json, read_request
 
 CONNECT_SECONDS = 4
 READ_SECONDS = 4
-
-
-def read_request(sock):
-    data = b""
-    while b"\r\n\r\n" not in data:
-        piece = sock.recv(65536)
-        if not piece:
-            return
-        data += piece
-    head, _, body = data.partition(b"\r\n\r\n")
-    length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0] or 0)
-    while len(body) < length:
-        piece = sock.recv(65536)
-        if not piece:
-            return
-        body += piece
-
-
-def answering(data):
-    """A peer that reads a request, sends bytes, and closes."""
-
-    def behave(raw, context):
-        with context.wrap_socket(raw, server_side=True) as tls:
-            read_request(tls)
-            tls.sendall(data)
-
-    return behave
-
-
-def answering_json(body, status=200):
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return answering(b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n%s" % (status, len(data), data))
 
 
 def saying_nothing_after_tls(raw, context):
@@ -204,35 +172,6 @@ ODD_ANSWERS = {
     "odd-2": dict(ODD, expiry="9" * 400, scripts=[{"name": "a", "path": "\x1b[2J\n"}], tags=["a"]),
     "odd-3": dict(ODD, expiry="2999-99-99T99:99:99Z", scripts=[{"name": "a"}, 5], tags={"\x1b": {}}),
 }
-
-
-class Peer:
-    """Something that listens where an agent should, and behaves as told."""
-
-    def __init__(self, port, behave, context):
-        self._behave = behave
-        self._context = context
-        self._listener = socket.create_server(("127.0.0.1", port))
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self):
-        while True:
-            try:
-                raw, _ = self._listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(raw,), daemon=True).start()
-
-    def _serve(self, raw):
-        raw.settimeout(60)
-        with raw:
-            try:
-                self._behave(raw, self._context)
-            except (OSError, ValueError):
-                pass
-
-    def close(self):
-        self._listener.close()
 
 
 class BlackHole:

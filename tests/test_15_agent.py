@@ -272,6 +272,56 @@ def test_a_missing_field_is_named(deployment, missing):
     assert (status, answer["field"]) == (400, missing) and missing in answer["error"]
 
 
+BAD_QUESTIONS = [
+    ("GET", "/result/none", b"", 404, "unknown"),
+    ("GET", "/result/no%20id", b"", 404, "no such path"),
+    ("GET", "/result/" + "x" * 65, b"", 404, "no such path"),
+    ("GET", "/result/..", b"", 404, "no such path"),
+    ("GET", "/result/none?wait=-1", b"", 400, "wait"),
+    ("GET", "/result/none?wait=301", b"", 400, "wait"),
+    ("GET", "/result/none?wait=1&wait=2", b"", 400, "twice"),
+    ("GET", "/result/none?wait=%D9%A5", b"", 400, "wait"),
+    ("GET", "/follow/none", b"", 404, "unknown"),
+    ("GET", "/follow/none?from=then", b"", 400, "from"),
+    ("GET", "/follow/none?stdout=-1", b"", 400, "stdout"),
+    ("GET", "/follow/none?stderr=99999999999", b"", 400, "stderr"),
+    ("POST", "/result/none", {}, 405, "method"),
+    ("GET", "/cancel", b"", 405, "method"),
+    ("POST", "/cancel", {}, 400, "reqid"),
+    ("POST", "/cancel", {"reqid": "../x"}, 400, "reqid"),
+    ("POST", "/cancel", {"reqid": ["a"]}, 400, "reqid"),
+    ("POST", "/cancel", {"reqid": "none"}, 404, "unknown"),
+    ("POST", "/cancel", {"reqid": "a", "username": 5}, 400, "username"),
+]
+
+
+@pytest.mark.parametrize("method, path, body, wanted, words", BAD_QUESTIONS)
+def test_a_bad_question_about_a_run_is_refused_with_the_reason(site, host, method, path, body, wanted, words):
+    status, answer = support.post(host.port, support.dispatcher_context(site.control), path, body, method)
+    assert status == wanted, answer
+    assert words in json.dumps(answer), answer
+    assert ping(site.control, host)[0] == 200
+
+
+def test_a_stream_ends_with_the_connection_for_a_client_of_http_1_0(site, host):
+    body = json.dumps({"script": "hello", "args": [], "reqid": ctrl_exec.new_id(), "stream": True}).encode()
+    head = b"POST /run HTTP/1.0\r\nContent-Length: %d\r\n\r\n" % len(body)
+    context = support.dispatcher_context(site.control)
+    with support.tls_connect(host.port, context) as tls:
+        tls.sendall(head + body)
+        data = b""
+        while True:
+            piece = tls.recv(65536)
+            if not piece:
+                break
+            data += piece
+    head, _, answer = data.partition(b"\r\n\r\n")
+    assert b"chunked" not in head.lower()
+    events = [json.loads(line) for line in answer.splitlines()]
+    assert [event["event"] for event in events] == ["output", "end"]
+    assert (events[0]["data"], events[1]["exit"]) == ("hello\n", 0)
+
+
 def test_thirty_different_runs_at_once_are_all_accounted_for(site, host):
     names = ["many%d" % number for number in range(30)]
     for name in names:

@@ -430,14 +430,20 @@ def show_ratios(timings, ssh, nrpe):
 
 
 def wait_for_quiet(bench):
-    """Until the executor has the front and nothing else; returns (executor, front)."""
+    """Until there are the executor, its front, the supervisor that waits for the next run, and that one's
+    process for the script, and nothing else; returns their process ids."""
     executor = bench.host.process.pid
-    bench.support.wait_until(lambda: len(bench.host.children()) == 1, what="the supervisors' end")
-    return executor, bench.host.children()[0]
+
+    def family():
+        children = bench.host.children()
+        others = [other for pid in children for other in bench.host.children(pid)]
+        return [executor, *children, *others] if (len(children), len(others)) == (2, 1) else None
+
+    return bench.support.wait_until(family, what="the supervisors' end")
 
 
 def agent_ticks(bench):
-    """Seconds of CPU of executor, front, and everything they have reaped."""
+    """Seconds of CPU of the agent's processes, and everything they have reaped."""
     total = 0
     for pid in wait_for_quiet(bench):
         with open("/proc/%d/stat" % pid, encoding="ascii") as file:
@@ -511,7 +517,7 @@ def read_memory(pid):
 
 
 def show_memory(bench, when):
-    """PSS of both processes, and what it would be if nobody else on this machine used the same libraries."""
+    """PSS of all its processes, and what it would be if nobody else on this machine used the same libraries."""
     facts = [read_memory(pid) for pid in wait_for_quiet(bench)]
     pss = sum(fact[0] for fact in facts) / 1024
     anonymous = sum(fact[1] for fact in facts)
@@ -541,8 +547,9 @@ def measure_kept(bench, rounds):
     heading("One request on a kept connection; what supervisor and record cost a run")
     kept = KeptClient(bench)
 
-    def timed(action):
+    def timed(action, pause=0.0):
         def variant():
+            time.sleep(pause)
             began = time.perf_counter()
             action()
             return (time.perf_counter() - began) * 1000, 0
@@ -555,7 +562,8 @@ def measure_kept(bench, rounds):
     timings = take_turns(
         {
             "/ping": timed(lambda: kept.post(b"/ping", {"reqid": "bench"})),
-            "/run of /bin/true": timed(lambda: kept.post(b"/run", run_body())),
+            "/run of /bin/true": timed(lambda: kept.post(b"/run", run_body()), pause=0.05),
+            "/run, one upon another": timed(lambda: kept.post(b"/run", run_body())),
             "subprocess.run of /bin/true": timed(lambda: subprocess.run(["/bin/true"])),
             "posix_spawn of /bin/true": timed(start_true),
         },
