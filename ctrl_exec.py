@@ -11,17 +11,18 @@ One file, three roles, picked by the name the file is invoked by (make symlinks)
 The file reads from the ground up: nothing is used above its definition, and each section opens with
 what it owns and which sections it may use.
 
-     1 HEAD       version, ports, paths, limits     12 RECORDS    what an agent keeps of a run
-     2 ERRORS     every failure with its status     13 JOBS       a supervisor: one run, start to end
-     3 GROUND     log, files, locks, programs       14 EXECUTOR   the agent's parent process
-     4 SETTINGS   one row per configuration key     15 AGENT      the daemon: pipeline and reload
-     5 OPENSSL    the openssl program               16 REGISTRY   agents, host patterns, locks, runs
-     6 TRUST      CA, identities, TLS contexts      17 PAIRING    both halves of one protocol
-     7 WIRE       JSON over HTTP, both ways         18 DISPATCH   work on many hosts
-     8 SERVER     listening                         19 API        (the number is kept for it)
-     9 CLIENT     one request to one host           20 CLI        verbs, tables, text, JSON, demo
-    10 POLICY     auth hooks, rate limits           21 MAIN       role, signals, exit status
-    11 SCRIPTS    what may run, and as what
+     1 HEAD       version, ports, paths, limits     13 JOBS       a supervisor: one run, start to end
+     2 ERRORS     every failure with its status     14 EXECUTOR   the agent's parent process
+     3 GROUND     log, files, locks, programs       15 CUSTODY    (the number is kept for it)
+     4 SETTINGS   one row per configuration key     16 AGENT      the daemon: pipeline and reload
+     5 OPENSSL    the openssl program               17 REGISTRY   agents, host patterns, locks, runs
+     6 TRUST      CA, identities, TLS contexts      18 PAIRING    both halves of one protocol
+     7 WIRE       JSON over HTTP, both ways         19 HOSTS      one request to many hosts
+     8 SERVER     listening                         20 DISPATCH   what a command does on them
+     9 CLIENT     one request to one host           21 UPKEEP     (the number is kept for it)
+    10 POLICY     auth hooks, rate limits           22 API        (the number is kept for it)
+    11 SCRIPTS    what may run, and as what         23 CLI        verbs, tables, text, JSON, demo
+    12 RECORDS    what an agent keeps of a run      24 MAIN       role, signals, exit status
 
 Where to begin: how a request is decided, AGENT; what a script is given, JOBS; who is believed and why,
 TRUST and PAIRING; what `ced run` does, DISPATCH; what a key means, SETTINGS.
@@ -5189,7 +5190,7 @@ class Executor:
 
 
 # ======================================================================================================
-# 15. AGENT
+# 16. AGENT
 # Owns:  the daemon of a managed host: the bundle that a process serves from, the pipeline of a request
 #        (revoked, trusted, parsed, listed, asked, run), and the agent's checks of itself.
 # Uses:  HEAD, ERRORS, GROUND, SETTINGS, OPENSSL, TRUST, WIRE, SERVER, POLICY, SCRIPTS, RECORDS, JOBS,
@@ -5700,7 +5701,7 @@ def ping_self(config: Config) -> CertInfo:
 
 
 # ======================================================================================================
-# 16. REGISTRY
+# 17. REGISTRY
 # Owns:  the paired agents on the control host, which of them a command means, and the locks of running
 #        host:script pairs. All of it is files: several control hosts can share the directory.
 # Uses:  HEAD, ERRORS, GROUND, SETTINGS, TRUST, CLIENT
@@ -6130,7 +6131,7 @@ def list_locks(directory: str) -> list:
 
 
 # ======================================================================================================
-# 17. PAIRING
+# 18. PAIRING
 # Owns:  how an agent gets its certificate: both halves of one protocol, side by side, and the tokens that
 #        stand in for a person.
 # Uses:  HEAD, ERRORS, GROUND, SETTINGS, OPENSSL, TRUST, WIRE, SERVER, CLIENT, POLICY, AGENT, REGISTRY
@@ -7081,10 +7082,10 @@ def load_pairing_states(config: Config) -> list:
 
 
 # ======================================================================================================
-# 18. DISPATCH
-# Owns:  work on many hosts: one fan-out, and what `ping`, `run` and `discovery` make of it; changes to the
-#        registry that an operator asks for; the checks of the control host.
-# Uses:  HEAD, ERRORS, GROUND, SETTINGS, OPENSSL, TRUST, WIRE, CLIENT, POLICY, RECORDS, REGISTRY, PAIRING
+# 19. HOSTS
+# Owns:  one request to many hosts or one: the fan-out, what an answer means, and what became of a request
+#        whose connection broke. Whatever happens to a host comes back as one result.
+# Uses:  HEAD, ERRORS, GROUND, SETTINGS, TRUST, WIRE, CLIENT, RECORDS, REGISTRY, PAIRING
 # ======================================================================================================
 
 
@@ -7171,7 +7172,29 @@ def is_run_answer(answer: dict) -> bool:
     return all(type(answer.get(name)) is kind for name, kind in _RUN_ANSWER.items())
 
 
-def _judge_run(status: int, answer: dict) -> tuple:
+def _judge_refusal(status: int, answer: dict) -> tuple:
+    return "refused", str(answer.get("error", "the agent answered %d" % status))
+
+
+def judge_ping(status: int, answer: dict) -> tuple:
+    if status != 200:
+        return _judge_refusal(status, answer)
+    _expect(answer, _PING_ANSWER)
+    return ("ok", "") if answer["status"] == "ok" else ("failed", answer["status"])
+
+
+def judge_capabilities(status: int, answer: dict) -> tuple:
+    if status != 200:
+        return _judge_refusal(status, answer)
+    _expect(answer, _CAPABILITIES_ANSWER)
+    for entry in answer["scripts"]:
+        name = entry.get("name") if type(entry) is dict else None
+        if type(name) is not str or not SCRIPT_NAME.fullmatch(name):
+            raise _Malformed("the agent's answer lists a script without a valid name")
+    return "ok", ""
+
+
+def judge_run(status: int, answer: dict) -> tuple:
     """(state, error) of an answer to /run."""
     error = answer.get("error", "")
     if status == 202:
@@ -7190,7 +7213,7 @@ def _judge_run(status: int, answer: dict) -> tuple:
     return "failed", str(error or ("cancelled" if answer.get("cancelled") is True else ""))
 
 
-def _judge_result(status: int, answer: dict) -> tuple:
+def judge_result(status: int, answer: dict) -> tuple:
     """(state, error) of an answer to /result; `expired` is a run that the agent does not have (any more)."""
     if status == 404 and answer.get("status") == "unknown":
         return "expired", "no such run there"
@@ -7198,16 +7221,16 @@ def _judge_result(status: int, answer: dict) -> tuple:
         raise _TooOld("result")
     if status == 200 and answer.get("status") == "running":
         return "running", ""
-    return _judge_run(status, answer)
+    return judge_run(status, answer)
 
 
-def _judge_cancel(status: int, answer: dict) -> tuple:
+def judge_cancel(status: int, answer: dict) -> tuple:
     if status == 404 and answer.get("status") == "unknown":
         return "expired", "no such run there"
     if status in (404, 405):
         raise _TooOld("cancel")
     if status != 200:
-        return "refused", str(answer.get("error", "the agent answered %d" % status))
+        return _judge_refusal(status, answer)
     _expect(answer, {"status": str, "processes_left": int})
     if answer["status"] not in ("cancelled", "done", "running"):
         raise _Malformed("the agent's answer has no valid `status`")
@@ -7269,7 +7292,7 @@ class _Received:
             return self._take_whole(status, event)
         if event["event"] == "end":
             answer = dict(event, **dict.fromkeys(STREAMS, ""))
-            return (*_judge_run(200, answer), answer)
+            return (*judge_run(200, answer), answer)
         if event["event"] == "output":
             self._take_output(event)
         return None
@@ -7278,7 +7301,7 @@ class _Received:
         """An answer that is no stream: a refusal, or the result of a release that does not stream."""
         if self._is_run and status == 404:  # asked by its id, after the connection had broken
             raise TransportError("the agent knows no such run", "unknown")
-        state, error = (_judge_run if self._is_run else _judge_result)(status, answer)
+        state, error = (judge_run if self._is_run else judge_result)(status, answer)
         for stream in STREAMS:
             if state in ("ok", "failed") and self._show is not None:
                 self._show(self._host, stream, str(answer.get(stream, "")).encode("utf-8", "surrogatepass"))
@@ -7355,7 +7378,7 @@ class HostClient:
         """Ask for a result, which the agent may take `wait` seconds to give."""
         seconds = int(-(-wait // 1))
         path = "/result/%s?wait=%d" % (reqid, seconds)
-        return self.call(agent, reqid, "GET", path, None, _judge_result, seconds + self._config.read_timeout)
+        return self.call(agent, reqid, "GET", path, None, judge_result, seconds + self._config.read_timeout)
 
     def recover(self, agent: Agent, request: RunRequest, lost: HostResult, deadline: Deadline) -> HostResult:
         """The result of a run whose connection broke after it had been sent: by its id, until the deadline.
@@ -7409,6 +7432,14 @@ class HostClient:
             raise TransportError(lost.message, "unknown")
 
         return self._judge_safely(agent, reqid, exchange)
+
+
+# ======================================================================================================
+# 20. DISPATCH
+# Owns:  what a command means: `ping`, `discovery`, `run` and what comes after it; changes to the registry
+#        that an operator asks for; the checks of the control host.
+# Uses:  HEAD, ERRORS, GROUND, SETTINGS, OPENSSL, TRUST, POLICY, RECORDS, REGISTRY, PAIRING, HOSTS
+# ======================================================================================================
 
 
 def _update_request(record: RequestRecord, results: list) -> RequestRecord:
@@ -7471,34 +7502,17 @@ class Dispatcher:
 
     def ping(self, agents: list, reqid: str) -> Iterator[HostResult]:
         """Ask every agent whether it is there."""
-
-        def judge(status: int, answer: dict) -> tuple:
-            if status != 200:
-                return "refused", str(answer.get("error", "the agent answered %d" % status))
-            _expect(answer, _PING_ANSWER)
-            return ("ok", "") if answer["status"] == "ok" else ("failed", answer["status"])
-
         return self._each(
             agents,
             "ping",
-            lambda agent: self._client.call(agent, reqid, "POST", "/ping", {"reqid": reqid}, judge),
+            lambda agent: self._client.call(agent, reqid, "POST", "/ping", {"reqid": reqid}, judge_ping),
         )
 
     def discover(self, agents: list, reqid: str) -> Iterator[HostResult]:
         """Ask every agent what it offers, and keep its tags in the registry."""
 
-        def judge(status: int, answer: dict) -> tuple:
-            if status != 200:
-                return "refused", str(answer.get("error", "the agent answered %d" % status))
-            _expect(answer, _CAPABILITIES_ANSWER)
-            for entry in answer["scripts"]:
-                name = entry.get("name") if type(entry) is dict else None
-                if type(name) is not str or not SCRIPT_NAME.fullmatch(name):
-                    raise _Malformed("the agent's answer lists a script without a valid name")
-            return "ok", ""
-
         def work(agent: Agent) -> HostResult:
-            return self._client.call(agent, reqid, "GET", "/capabilities", None, judge)
+            return self._client.call(agent, reqid, "GET", "/capabilities", None, judge_capabilities)
 
         for result in self._each(agents, "discovery", work):
             tags = result.answer.get("tags")
@@ -7573,7 +7587,7 @@ class Dispatcher:
                 result = self._client.follow(agent, request.reqid, ("POST", "/run", body), show)
             else:
                 deadline = Deadline(self._config.read_timeout)
-                result = self._client.call(agent, request.reqid, "POST", "/run", body, _judge_run)
+                result = self._client.call(agent, request.reqid, "POST", "/run", body, judge_run)
                 if result.state == "unknown":
                     result = self._client.recover(agent, request, result, deadline)
             if result.state not in ("unreachable", "busy") or attempt == request.retries:
@@ -7671,7 +7685,7 @@ class Dispatcher:
         seconds = self._config.read_timeout + 3 * KILL_GRACE_SECONDS
 
         def work(agent: Agent) -> HostResult:
-            return self._client.call(agent, record.reqid, "POST", "/cancel", body, _judge_cancel, seconds)
+            return self._client.call(agent, record.reqid, "POST", "/cancel", body, judge_cancel, seconds)
 
         yield from others
         yield from self._each(agents, "cancel", work) if agents else ()
@@ -7785,11 +7799,11 @@ def check_dispatcher(config: Config) -> list:
 
 
 # ======================================================================================================
-# 20. CLI
+# 23. CLI
 # Owns:  verbs and their options as a table; text, tables and JSON; the prompt of pairing mode; the demo.
 #        The only section that prints.
-# Uses:  HEAD, ERRORS, GROUND, SETTINGS, OPENSSL, TRUST, WIRE, POLICY, RECORDS, AGENT,
-#        REGISTRY, PAIRING, DISPATCH
+# Uses:  HEAD, ERRORS, GROUND, SETTINGS, OPENSSL, TRUST, WIRE, POLICY, RECORDS, AGENT, REGISTRY, PAIRING,
+#        HOSTS, DISPATCH
 # ======================================================================================================
 
 
@@ -9379,7 +9393,7 @@ def run_demo(keep: bool) -> int:
 
 
 # ======================================================================================================
-# 21. MAIN
+# 24. MAIN
 # Owns:  the role from the name invoked, signals, and the way from an error to an exit status. The only
 #        section that leaves the process.
 # Uses:  HEAD, ERRORS, GROUND, SETTINGS, CLI
