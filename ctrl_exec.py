@@ -13,7 +13,7 @@ what it owns and which sections it may use.
 
      1 HEAD       version, ports, paths, limits     13 JOBS       a supervisor: one run, start to end
      2 ERRORS     every failure with its status     14 EXECUTOR   the agent's parent process
-     3 GROUND     log, files, locks, programs       15 CUSTODY    (the number is kept for it)
+     3 GROUND     log, files, locks, programs       15 CUSTODY    certificates and trust, renewed
      4 SETTINGS   one row per configuration key     16 AGENT      the daemon: pipeline and reload
      5 OPENSSL    the openssl program               17 REGISTRY   agents, host patterns, locks, runs
      6 TRUST      CA, identities, TLS contexts      18 PAIRING    both halves of one protocol
@@ -771,6 +771,20 @@ def receive_socket(control: socket.socket) -> tuple:
     return word, None
 
 
+def send_pieces(channel: socket.socket, pieces: Iterable) -> None:
+    """Send in large pieces, so that a short answer arrives at once; a front that has gone is no matter."""
+    buffer = bytearray()
+    try:
+        for piece in pieces:
+            buffer += piece
+            if len(buffer) >= 65536:
+                channel.sendall(buffer)
+                buffer.clear()
+        channel.sendall(buffer)
+    except OSError:
+        pass
+
+
 def close_descriptors(keep: Iterable) -> None:
     """Close every descriptor but standard ones and those to keep: a child starts with what it needs."""
     kept = {0, 1, 2, *keep}
@@ -1189,6 +1203,13 @@ SETTINGS = (
     ),
     Setting(
         "agent",
+        "dispatcher_serial_path",
+        parse_path,
+        AGENT_ETC + "/ctrl-exec-serial",
+        "the one trusted serial of an older release, read while there is no map",
+    ),
+    Setting(
+        "agent",
         "revoked_serials",
         parse_path,
         AGENT_ETC + "/revoked-serials",
@@ -1571,6 +1592,33 @@ def _read_oid(content: bytes) -> str:
     return ".".join(str(n) for n in [first, numbers[0] - 40 * first] + numbers[1:]) if numbers else ""
 
 
+_BASIC_CONSTRAINTS, _KEY_USAGE, _SUBJECT_KEY_ID = "2.5.29.19", "2.5.29.15", "2.5.29.14"
+
+
+def _read_extensions(der: bytes) -> frozenset:
+    """OIDs of a certificate's extensions (RFC 5280 section 4.1); version 1 has none. Raises ValueError."""
+    ((_, certificate),) = _read_der(der)
+    for tag, content in _read_der(_read_der(certificate)[0][1]):
+        if tag == 0xA3:
+            ((_, extensions),) = _read_der(content)
+            return frozenset(_read_oid(_read_der(extension)[0][1]) for _, extension in _read_der(extensions))
+    return frozenset()
+
+
+def is_strict_ca(der: bytes) -> bool:
+    """Whether a CA certificate has what VERIFY_X509_STRICT demands; those of older releases have not."""
+    try:
+        return {_BASIC_CONSTRAINTS, _KEY_USAGE, _SUBJECT_KEY_ID} <= _read_extensions(der)
+    except (ValueError, IndexError):
+        return False
+
+
+def split_pem(text: str) -> list:
+    """The certificates in a PEM text, each in the one form that this function gives it. Raises ValueError."""
+    blocks = re.findall(r"-----BEGIN CERTIFICATE-----[^-]*-----END CERTIFICATE-----", text)
+    return [ssl.DER_cert_to_PEM_cert(decode_pem(block, "CERTIFICATE")) for block in blocks]
+
+
 def _check_request_key(key_info: bytes) -> None:
     """Raise ValueError unless a SubjectPublicKeyInfo is an EC key on a usual curve or RSA, long enough."""
     algorithm, key = _read_der(key_info)
@@ -1621,6 +1669,14 @@ def read_certificate_file(path: str) -> bytes:
         return read_file(path)
     except FileNotFoundError:
         raise TrustError("%s: no such file" % path) from None
+
+
+def read_certificate_der(path: str) -> bytes:
+    """The DER of the certificate in a file. Raises TrustError."""
+    try:
+        return decode_pem(read_certificate_file(path).decode("ascii", "replace"), "CERTIFICATE")
+    except ValueError as error:
+        raise TrustError("%s: %s" % (path, error)) from error
 
 
 def parse_openssl_time(text: str) -> float:
@@ -1724,7 +1780,10 @@ class OpenSSL:
         if days_left < 1:
             raise TrustError("%s: the CA certificate has expired" % ca_cert)
         with _WorkDirectory() as work:
-            config = work.write("openssl.cnf", _CA_CONFIG, name, _EXTENSIONS[profile].format(name=name))
+            extensions = _EXTENSIONS[profile].format(name=name)
+            if not is_strict_ca(read_certificate_der(ca_cert)):  # it has no key identifier to point at
+                extensions = extensions.replace("= keyid:always", "= issuer:always")
+            config = work.write("openssl.cnf", _CA_CONFIG, name, extensions)
             signer = ["-cert", ca_cert, "-keyfile", ca_key]
             return self._sign(work, config, request.encode("ascii"), signer, min(days, days_left))
 
@@ -1772,22 +1831,45 @@ class OpenSSL:
         )
 
     def check_chain(self, pem: bytes, ca: bytes, purpose: str) -> None:
-        """Raise TrustError unless the certificate chains to the CA for `purpose` (sslserver, sslclient)."""
+        """Raise TrustError unless the certificate chains to one of the CAs for `purpose`: sslserver,
+        sslclient or any."""
+        cas = split_pem(ca.decode("ascii", "replace"))
+        strict = all(is_strict_ca(decode_pem(one, "CERTIFICATE")) for one in cas)
         with _WorkDirectory() as work:
             path = work.put("certificate.pem", pem)
             ca_path = work.put("ca.pem", ca)
+            options = ["-x509_strict"] if strict else []  # see `is_strict_ca`
             try:
-                self._run("verify", "-x509_strict", "-purpose", purpose, "-CAfile", ca_path, path)
+                self._run("verify", *options, "-purpose", purpose, "-CAfile", ca_path, path)
             except ProgramError as error:
                 reason = re.search(r"error \d+ at \d+ depth lookup: *([^\\]*)", error.message)
                 raise TrustError(
                     "the certificate is refused: %s" % (reason[1] if reason else "no chain")
                 ) from error
 
+    def public_key(self, pem: bytes) -> bytes:
+        """The public key in a certificate, as PEM."""
+        return self._run("x509", "-noout", "-pubkey", stdin=pem)
+
+    def request_key(self, pem: str) -> bytes:
+        """The public key in a certificate request, as PEM."""
+        return self._run("req", "-noout", "-pubkey", stdin=pem.encode("ascii"))
+
     def check_key_match(self, pem: bytes, key_path: str) -> None:
         """Raise TrustError unless the certificate was issued for the key at `key_path`."""
-        if self._run("x509", "-noout", "-pubkey", stdin=pem) != self._run("pkey", "-in", key_path, "-pubout"):
+        if self.public_key(pem) != self._run("pkey", "-in", key_path, "-pubout"):
             raise TrustError("the certificate does not belong to the key %s" % key_path)
+
+    def check_endorsement(self, endorsement: bytes, cas: bytes, successor: bytes) -> None:
+        """Raise TrustError unless one of `cas` has certified the key of the CA `successor` as a CA's: then
+        whoever believes the one may believe the other (as in RFC 4210 section 4.4)."""
+        self.check_chain(endorsement, cas, "any")
+        self.check_chain(successor, successor, "any")
+        for pem in (endorsement, successor):
+            if b"CA:TRUE" not in self._run("x509", "-noout", "-ext", "basicConstraints", stdin=pem):
+                raise TrustError("the successor of the CA is no CA")
+        if self.public_key(endorsement) != self.public_key(successor):
+            raise TrustError("the known CA has endorsed another successor")
 
 
 # ======================================================================================================
@@ -1862,12 +1944,26 @@ def add_revoked(path: str, serials: Iterable, comment: str) -> None:
         write_atomic(path, text.encode("utf-8"), mode=0o644, durable=True)
 
 
-def load_trust_map(path: str) -> dict:
-    """Trusted dispatchers: canonical serial to dispatcher id. Raises TrustError naming the line."""
+OLDER_DISPATCHER = "dispatcher"  # the id of the one that an older release trusted without a name
+
+
+def _load_older_serial(path: str) -> dict:
+    """The one trusted serial of an older release."""
+    try:
+        return {parse_serial(read_text(path)): OLDER_DISPATCHER}
+    except (FileNotFoundError, ValueError):  # none, or it trusts nobody
+        return {}
+    except StorageError as error:
+        raise TrustError("the trusted serial cannot be used: %s" % error.message, error.hint) from error
+
+
+def load_trust_map(path: str, older: str = "") -> dict:
+    """Trusted dispatchers: canonical serial to dispatcher id. While there is no map, the one serial in the
+    file `older` is trusted, which releases without a map wrote. Raises TrustError naming the line."""
     try:
         lines = read_text(path).splitlines()
     except FileNotFoundError:
-        return {}
+        return _load_older_serial(older) if older else {}
     except StorageError as error:
         raise TrustError(
             "the trusted-dispatchers map cannot be used: %s" % error.message, error.hint
@@ -1887,14 +1983,19 @@ def load_trust_map(path: str) -> dict:
     return trusted
 
 
-def add_trusted(path: str, serial: str, dispatcher_id: str) -> None:
-    """Add a dispatcher to the map; the others stay. Raises StorageError or TrustError."""
+def edit_trust_map(path: str, older: str, edit: Callable) -> None:
+    """Let `edit` change the map, and write it. Raises StorageError, TrustError, and what `edit` raises."""
     make_directory(os.path.dirname(path), 0o755)
     with FileLock(path + ".lock"):
-        trusted = load_trust_map(path)
-        trusted[serial] = dispatcher_id
+        trusted = load_trust_map(path, older)
+        edit(trusted)
         text = "".join("%s %s\n" % entry for entry in trusted.items())
         write_atomic(path, text.encode("ascii"), mode=0o644, durable=True)
+
+
+def add_trusted(path: str, serial: str, dispatcher_id: str, older: str = "") -> None:
+    """Add a dispatcher to the map; the others stay. Raises StorageError or TrustError."""
+    edit_trust_map(path, older, lambda trusted: trusted.update({serial: dispatcher_id}))
 
 
 # --- keys and certificates on disk ----------------------------------------------------------------------
@@ -1953,6 +2054,25 @@ def ca_key_path(ca_cert: str) -> str:
     return os.path.splitext(ca_cert)[0] + ".key"
 
 
+def next_path(path: str) -> str:
+    """Where the successor of a certificate or key waits: ca.next.crt."""
+    return "%s.next%s" % os.path.splitext(path)
+
+
+def load_cas(ca_cert: str) -> list:
+    """The CAs that are believed, as PEM: those in the file, and its successor's. Raises TrustError."""
+    cas = []
+    for path in (ca_cert, next_path(ca_cert)):
+        if path == ca_cert or os.path.exists(path):
+            try:
+                cas += split_pem(read_certificate_file(path).decode("ascii", "replace"))
+            except ValueError as error:
+                raise TrustError("%s: %s" % (path, error)) from error
+    if not cas:
+        raise TrustError("%s: not a CA certificate" % ca_cert)
+    return cas
+
+
 def new_ca(openssl: OpenSSL, ca_cert: str, kind: str, name: str) -> CertInfo:
     """Make the private CA, once. Raises TrustError when there is one, or half of one."""
     key = ca_key_path(ca_cert)
@@ -1990,7 +2110,7 @@ def check_identity(openssl: OpenSSL, identity: Identity, purpose: str, group: st
     info = openssl.read_certificate(identity.cert)
     pem = read_certificate_file(identity.cert)
     try:
-        openssl.check_chain(pem, read_certificate_file(identity.ca), purpose)
+        openssl.check_chain(pem, "".join(load_cas(identity.ca)).encode("ascii"), purpose)
         openssl.check_key_match(pem, identity.key)
     except TrustError as error:
         raise TrustError("%s: %s" % (identity.cert, error.message), error.hint) from error
@@ -2007,14 +2127,6 @@ def check_expiry(path: str, info: CertInfo) -> Finding:
     if days < 0:
         return Finding("FAIL", "%s expired on %s" % (path, iso_time(info.not_after)))
     return Finding("WARN" if days < 30 else "OK", "%s expires in %d days" % (path, days))
-
-
-def read_certificate_der(path: str) -> bytes:
-    """The DER of the certificate in a file. Raises TrustError."""
-    try:
-        return decode_pem(read_certificate_file(path).decode("ascii", "replace"), "CERTIFICATE")
-    except ValueError as error:
-        raise TrustError("%s: %s" % (path, error)) from error
 
 
 def fingerprint(der: bytes) -> str:
@@ -2054,12 +2166,15 @@ def _load_identity(context: ssl.SSLContext, identity: Identity, group: str) -> N
 
 
 def _load_ca(context: ssl.SSLContext, path: str) -> None:
+    """Believe the CAs of a file, and its successor's. Strict verification is given up for a CA of an older
+    release, which has no extensions, and for no other."""
+    cas = load_cas(path)
     try:
-        context.load_verify_locations(cafile=path)
-    except FileNotFoundError:
-        raise TrustError("%s: no such file" % path) from None
-    except (OSError, ssl.SSLError) as error:
+        context.load_verify_locations(cadata="".join(cas))
+    except ssl.SSLError as error:
         raise TrustError("%s: not a CA certificate" % path) from error
+    if not all(is_strict_ca(decode_pem(pem, "CERTIFICATE")) for pem in cas):
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
 
 
 def new_server_context(identity: Identity, verify_clients: bool, group: str = "") -> ssl.SSLContext:
@@ -4673,20 +4788,6 @@ def _receive_job(channel: socket.socket, operations: Iterable) -> JobRequest:
     return JobRequest(**dict(values, args=tuple(values["args"])))
 
 
-def send_pieces(channel: socket.socket, pieces: Iterable) -> None:
-    """Send in large pieces, so that a short answer arrives at once; a front that has gone is no matter."""
-    buffer = bytearray()
-    try:
-        for piece in pieces:
-            buffer += piece
-            if len(buffer) >= 65536:
-                channel.sendall(buffer)
-                buffer.clear()
-        channel.sendall(buffer)
-    except OSError:
-        pass
-
-
 def _answer(channel: socket.socket, status: int, pieces: Iterable) -> None:
     def chain() -> Iterator[bytes]:
         yield encode_json({"event": "answer", "status": status}) + b"\n"
@@ -4849,10 +4950,18 @@ _QUESTIONS = {
 }
 
 
-def serve_job(control: socket.socket, rules: JobRules) -> None:
+def _serve_task(channel: socket.socket, rules: JobRules, request: JobRequest, task: Callable) -> None:
+    if request.owner not in rules.owners:
+        raise Denied("serial mismatch")
+    _answer(channel, 200, [encode_json(task(request))])
+
+
+def serve_job(control: socket.socket, rules: JobRules, tasks: dict) -> None:
     """A supervisor's life: wait for a request, do it, answer, tidy up.
 
     It begins before there is a request: over `control` comes a channel to whoever makes one, or the end.
+    `tasks` are the requests that are not about runs: a function for each operation, which gets the request
+    and returns the answer's object, or raises a CtrlExecError.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])  # a cancel that comes early waits
     stage = Stage()
@@ -4862,12 +4971,15 @@ def serve_job(control: socket.socket, rules: JobRules) -> None:
         return stage.close()
     channel.settimeout(BODY_SECONDS)
     try:
-        request = _receive_job(channel, ("run", *_QUESTIONS))
+        request = _receive_job(channel, ("run", *_QUESTIONS, *tasks))
         if request.operation == "run":
             _serve_run(channel, rules, request, stage)
         else:
             stage.close()
-            _QUESTIONS[request.operation](channel, rules, request)
+            if request.operation in tasks:
+                _serve_task(channel, rules, request, tasks[request.operation])
+            else:
+                _QUESTIONS[request.operation](channel, rules, request)
     except CtrlExecError as error:
         if isinstance(error, StorageError):
             LOG.event("run-store-fail", MESSAGE=error.message)
@@ -4881,8 +4993,8 @@ def serve_job(control: socket.socket, rules: JobRules) -> None:
 # ======================================================================================================
 # 14. EXECUTOR
 # Owns:  the agent's parent process: it binds the port, keeps a front alive that serves from one bundle,
-#        forks a supervisor for each run, and reaps. It takes nothing from the network.
-# Uses:  HEAD, ERRORS, GROUND, WIRE, JOBS
+#        forks a supervisor for each request, and reaps. It takes nothing from the network.
+# Uses:  HEAD, ERRORS, GROUND, WIRE
 # ======================================================================================================
 
 
@@ -4918,18 +5030,42 @@ class _Spare(NamedTuple):
     control: socket.socket
 
 
+def _fork_child(life: Callable, *descriptors: int) -> int:
+    """A process of its own session that does `life()` and keeps only these descriptors; its pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = EXIT_BUG
+    try:
+        reset_signals()
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        os.setsid()
+        close_descriptors([LOG.descriptor(), *descriptors])
+        life()
+        status = 0
+    except BaseException as error:
+        log_bug(error)
+    finally:
+        os._exit(status)
+
+
 class Executor:
     """The agent's parent process: single-threaded, no network input. It holds one bundle, keeps one front
-    alive that serves from it, forks a supervisor for each run, and reaps. Its caller gives it two functions,
-    because what a bundle is and what a front does is decided in the section after this one:
+    alive that serves from it, forks a supervisor for each request, and reaps. What a bundle is, and what its
+    children do, is its caller's:
 
-    load(previous)              a new bundle with .listeners and .rules; raises a CtrlExecError
-    run_front(bundle, control)  a front's life; returns its exit status when it has drained
+    load(previous)                     a new bundle with .listeners; raises a CtrlExecError
+    run_front(bundle, control)         a front's life; returns its exit status when it has drained
+    supervise(bundle, control, order)  a supervisor's life; `order()` has the bundle loaded anew and returns
+                                       when the new one is served, or raises Unavailable
+    recover(bundle)                    settles what supervisors that were killed have left
     """
 
-    def __init__(self, load: Callable, run_front: Callable) -> None:
+    def __init__(self, load: Callable, run_front: Callable, supervise: Callable, recover: Callable) -> None:
         self._load = load
         self._run_front = run_front
+        self._supervise = supervise
+        self._recover = recover
         self._bundle: Any = None
         self._fronts: dict = {}  # pid to _Front
         self._supervisors: set = set()  # pids
@@ -4938,6 +5074,7 @@ class Executor:
         self._restart_at = 0.0  # monotonic; when a dead front is replaced
         self._pause = 0.0
         self._wake, self._signaled = socket.socketpair()
+        self._orders, self._ordering = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._pending: set = set()  # signals to act on
 
     def run(self) -> int:
@@ -4968,6 +5105,7 @@ class Executor:
         """Wait for a signal or a front's word, and act on it."""
         poller = select.poll()
         poller.register(self._wake.fileno(), select.POLLIN)
+        poller.register(self._orders.fileno(), select.POLLIN)
         by_descriptor = {front.control.fileno(): front for front in self._fronts.values() if front.control}
         for descriptor in by_descriptor:
             poller.register(descriptor, select.POLLIN)
@@ -4975,6 +5113,8 @@ class Executor:
         for descriptor, _ in poller.poll(int(wait * 1000) + 1):
             if descriptor in by_descriptor:
                 self._take_job(by_descriptor[descriptor])
+            elif descriptor == self._orders.fileno():
+                self._take_order()
             else:
                 self._drop_wakeups()
         self._reap()
@@ -5065,11 +5205,34 @@ class Executor:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
-                rules = self._bundle.rules
-                return _Spare(self._fork_child(lambda: serve_job(theirs, rules), theirs.fileno()), ours)
+                bundle = self._bundle
+                kept = (theirs.fileno(), self._ordering.fileno())
+                life = _fork_child(lambda: self._supervise(bundle, theirs, self._order_reload), *kept)
+                return _Spare(life, ours)
             except OSError:
                 ours.close()
                 raise
+
+    def _order_reload(self) -> None:
+        """In a supervisor: have what it has changed on disk served, before it says that it is done."""
+        ours, theirs = socket.socketpair()
+        with ours:
+            with theirs:
+                socket.send_fds(self._ordering, [b"reload"], [theirs.fileno()])
+            ours.settimeout(BODY_SECONDS)
+            said = ours.recv(4096).decode("utf-8", "replace")
+        if said != "ok":
+            raise Unavailable("the agent could not load what was changed: %s" % (said or "it has stopped"))
+
+    def _take_order(self) -> None:
+        try:
+            _, channel = receive_socket(self._orders)
+            if channel is not None:
+                with channel:
+                    channel.settimeout(0)
+                    channel.sendall(one_line(self._reload() or "ok").encode("utf-8")[:4096])
+        except OSError as error:
+            LOG.event("bug", MESSAGE="an order was lost: %s" % error.strerror)
 
     def _keep_spare(self) -> None:
         """Have a supervisor ready, so that a run does not wait for it to be forked."""
@@ -5085,28 +5248,10 @@ class Executor:
             self._spare.control.close()
         self._spare = None
 
-    def _fork_child(self, life: Callable, *descriptors: int) -> int:
-        """A process of its own session that does `life()` and keeps only these descriptors; its pid."""
-        pid = os.fork()
-        if pid:
-            return pid
-        status = EXIT_BUG
-        try:
-            reset_signals()
-            signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-            os.setsid()
-            close_descriptors([LOG.descriptor(), *descriptors])
-            life()
-            status = 0
-        except BaseException as error:
-            log_bug(error)
-        finally:
-            os._exit(status)
-
     def _start_recovery(self) -> None:
         self._is_recovery_due = False
         try:
-            self._fork_child(lambda: recover_jobs(self._bundle.rules))
+            _fork_child(lambda: self._recover(self._bundle))
         except OSError as error:
             LOG.event("bug", MESSAGE="cannot fork for recovery: %s" % error.strerror)
             self._is_recovery_due = True
@@ -5140,14 +5285,15 @@ class Executor:
         self._restart_at = time.monotonic() + self._pause
         self._pause = min(60.0, max(0.5, self._pause * 2))
 
-    def _reload(self) -> None:
-        """Serve from a new bundle, if it is sound; a front that still answers keeps the one it began with."""
+    def _reload(self) -> str:
+        """Serve from a new bundle, if it is sound, or say what is wrong with it; a front that still answers
+        keeps the one it began with."""
         try:
             bundle = self._load(self._bundle)
         except CtrlExecError as error:
             LOG.event("reload", RESULT="kept the old configuration", ERROR=error.message)
             tell_systemd("READY=1\nSTATUS=reload failed: %s" % one_line(error.message))
-            return
+            return error.message
         earlier = list(self._fronts.values())
         kept = set(bundle.listeners)
         previous, self._bundle = self._bundle, bundle
@@ -5168,6 +5314,7 @@ class Executor:
                 listener.close()
         LOG.event("reload", RESULT="ok")
         tell_systemd("READY=1\nSTATUS=reloaded")
+        return ""
 
     def _stop(self) -> int:
         """Let fronts finish what they answer; supervisors go on by themselves."""
@@ -5190,11 +5337,137 @@ class Executor:
 
 
 # ======================================================================================================
+# 15. CUSTODY
+# Owns:  what an agent changes about its own trust on the word of a dispatcher that it trusts: its
+#        certificate, the CAs it believes, its trusted-dispatchers map. It runs with the executor's rights,
+#        in a process of its own, and believes of a request only what it can check.
+# Uses:  HEAD, ERRORS, GROUND, OPENSSL, TRUST, JOBS
+# On disk: agent.crt, ca.crt, ctrl-exec-dispatchers, revoked-serials (all in the forms of TRUST)
+# ======================================================================================================
+
+
+class Custody(NamedTuple):
+    """Where an agent keeps what it is and whom it believes."""
+
+    identity: Identity
+    trust_map: str
+    older_serial: str  # where an older release kept the one serial that it trusted
+    revoked: str
+    host: str  # the name in its certificate
+
+
+class Custodian:
+    """Does what a dispatcher asks about trust. `order()` has the agent serve what was changed.
+
+    Each method is a task of a supervisor: it gets a JobRequest, whose `args` are its own, and returns the
+    answer. Raises BadRequest for what is not believed, Denied, StorageError, ProgramError, Unavailable.
+    """
+
+    def __init__(self, custody: Custody, openssl: OpenSSL, order: Callable) -> None:
+        self._custody = custody
+        self._openssl = openssl
+        self._order = order
+
+    def tasks(self) -> dict:
+        """Every task by the name of its operation."""
+        return {"renew": self.renew, "renew-complete": self.complete, "rotate-serial": self.rotate}
+
+    def renew(self, request: JobRequest) -> dict:
+        """A certificate request from the key there is: what changes is the date, not who we are."""
+        csr = self._openssl.new_request(self._custody.identity.key, self._custody.host)
+        LOG.event("renew", REQID=request.reqid, DISPATCHER=request.owner)
+        return {"status": "ok", "reqid": request.reqid, "host": self._custody.host, "csr": csr}
+
+    def complete(self, request: JobRequest) -> dict:
+        """Put a new certificate in place, new CAs, or both; args: certificate, CAs, the CA's endorsement of
+        its successor, each as PEM or empty."""
+        certificate, cas, endorsement = request.args
+        try:
+            info = self._store(certificate, cas, endorsement)
+        except TrustError as error:
+            LOG.event("renew-complete", REQID=request.reqid, DISPATCHER=request.owner, ERROR=error.message)
+            raise BadRequest(error.message) from error
+        self._order()
+        serial = info.serial
+        LOG.event("renew-complete", REQID=request.reqid, DISPATCHER=request.owner, SERIAL=serial)
+        body = {"status": "ok", "reqid": request.reqid, "serial": serial, "staged": False}
+        return dict(body, expiry=iso_time(info.not_after))
+
+    def _store(self, certificate: str, cas: str, endorsement: str) -> CertInfo:
+        """Check and write it all. CAs first: the old certificate works with the new CAs as well."""
+        identity = self._custody.identity
+        held = load_cas(identity.ca)
+        try:
+            believed = split_pem(cas) or held
+            shown = split_pem(certificate) or split_pem(read_certificate_file(identity.cert).decode("ascii"))
+            endorsed = split_pem(endorsement)
+        except ValueError as error:
+            raise TrustError("not a certificate: %s" % error) from error
+        for pem in believed:
+            if pem not in held:
+                if len(endorsed) != 1:
+                    raise TrustError(
+                        "a CA that this host does not know, without the word of the one it knows"
+                    )
+                self._openssl.check_endorsement(endorsed[0].encode(), "".join(held).encode(), pem.encode())
+        if len(shown) != 1:
+            raise TrustError("expected one certificate, not %d" % len(shown))
+        pem, text = shown[0].encode("ascii"), "".join(believed).encode("ascii")
+        self._openssl.check_chain(pem, text, "sslserver")
+        self._openssl.check_key_match(pem, identity.key)
+        info = self._openssl.parse_certificate(pem)
+        if self._custody.host.lower() not in [name.lower() for name in info.names or (info.common_name,)]:
+            raise TrustError("the certificate is for another name than %s" % self._custody.host)
+        if believed != held:
+            write_atomic(identity.ca, text, mode=0o644, durable=True)
+        if certificate:
+            write_atomic(identity.cert, pem, mode=0o644, durable=True)
+        return info
+
+    def rotate(self, request: JobRequest) -> dict:
+        """Change which serials the caller is trusted by; args: action, serial, the serial it called with."""
+        action, text, own = request.args
+        try:
+            serial = parse_serial(text)
+        except ValueError as error:
+            raise BadRequest("field `serial`: %s" % error, "serial") from None
+        if action not in ("add", "remove", "revoke"):
+            raise BadRequest("field `action` must be add, remove or revoke", "action")
+        if action != "add" and serial == own:
+            raise Denied("serial %s is the one that this request was made with" % serial)
+        if action == "add" and serial in load_revoked(self._custody.revoked):
+            raise Denied("serial %s is revoked here" % serial)
+        had = self._edit_map(action, serial, request.owner)
+        if action == "revoke":
+            add_revoked(self._custody.revoked, [serial], "by dispatcher %s" % request.owner)
+        self._order()
+        facts = {"DISPATCHER": request.owner, "SERIAL": serial, "CHANGE": action}
+        LOG.event("rotate", REQID=request.reqid, **facts)
+        return {"status": "ok", "reqid": request.reqid, "serial": serial, "action": action, "had": had}
+
+    def _edit_map(self, action: str, serial: str, owner: str) -> bool:
+        """Change the map under the caller's id only; whether the serial was in it."""
+        had = False
+
+        def edit(trusted: dict) -> None:
+            nonlocal had
+            had = serial in trusted
+            if trusted.get(serial, owner) != owner:
+                raise Denied("serial %s belongs to dispatcher %s" % (serial, trusted[serial]))
+            trusted.pop(serial, None)
+            if action == "add":
+                trusted[serial] = owner
+
+        edit_trust_map(self._custody.trust_map, self._custody.older_serial, edit)
+        return had
+
+
+# ======================================================================================================
 # 16. AGENT
 # Owns:  the daemon of a managed host: the bundle that a process serves from, the pipeline of a request
 #        (revoked, trusted, parsed, listed, asked, run), and the agent's checks of itself.
 # Uses:  HEAD, ERRORS, GROUND, SETTINGS, OPENSSL, TRUST, WIRE, SERVER, POLICY, SCRIPTS, RECORDS, JOBS,
-#        EXECUTOR
+#        EXECUTOR, CUSTODY
 # On disk: agent.lock (who serves from this state directory)
 # ======================================================================================================
 
@@ -5207,7 +5480,7 @@ class Bundle(NamedTuple):
     context: ssl.SSLContext
     rules: JobRules
     trusted: dict  # serial to dispatcher id
-    revoked: frozenset
+    revoked: Optional[frozenset]  # None: the list cannot be read, and everybody is refused
     hook: Optional[Hook]
     host: str  # the name in our certificate
     expiry: str  # ISO 8601
@@ -5275,8 +5548,14 @@ def _recognise_self_ping(context: ssl.SSLContext, config: Config) -> None:
 def load_bundle(config_path: str, root: str, previous: Optional[Bundle]) -> Bundle:
     """Load everything anew; sockets whose address did not change are kept. Raises ConfigError, TrustError."""
     config = load_config("agent", config_path, root)
-    trusted = load_trust_map(config.trusted_dispatchers_path)
-    revoked = load_revoked(config.revoked_serials)
+    trusted = load_trust_map(config.trusted_dispatchers_path, config.dispatcher_serial_path)
+    try:
+        revoked: Optional[frozenset] = load_revoked(config.revoked_serials)
+    except TrustError as error:
+        if previous is None:
+            raise
+        LOG.event("deny", REASON="everybody is refused: " + error.message)
+        revoked = None
     identity = agent_identity(config)
     if not os.path.exists(identity.cert):
         hint = "pair this host first: cea request-pairing --dispatcher HOST"
@@ -5325,6 +5604,20 @@ _RUN_FIELDS = (
     Field("timeout", int, most=10**9),
 )
 _PING_FIELDS = (Field("reqid", str, most=64),)
+_RENEW_FIELDS = (Field("reqid", str, True, 64),)
+_COMPLETE_FIELDS = (
+    Field("reqid", str, True, 64),
+    Field("cert", str, most=MAX_PAIRING_BODY),
+    Field("ca", str, most=MAX_PAIRING_BODY),
+    Field("endorsement", str, most=MAX_PAIRING_BODY),
+)
+_ROTATE_FIELDS = (
+    Field("serial", str, True, 128),
+    Field("action", str, True, 16),
+    Field("reqid", str, most=64),
+    Field("username", str, most=256),
+    Field("token", str, most=8192),
+)
 _CANCEL_FIELDS = (
     Field("reqid", str, True, 64),
     Field("username", str, most=256),
@@ -5373,6 +5666,9 @@ class Front:
             Route("GET", "/result/*", self._result),
             Route("GET", "/follow/*", self._follow),
             Route("POST", "/cancel", self._cancel),
+            Route("POST", "/renew", self._renew),
+            Route("POST", "/renew-complete", self._complete),
+            Route("POST", "/rotate-serial", self._rotate),
         )
 
     def run(self) -> int:
@@ -5408,6 +5704,8 @@ class Front:
     def handle(self, peer: Peer, request: Request) -> Response:
         """The pipeline, after address, rate and TLS: revoked, trusted, then the route's own steps."""
         serial = peer.cert.serial if peer.cert is not None else ""
+        if self._bundle.revoked is None:
+            return self._forbid(peer, serial, "revoked-cert", "the revocation list cannot be used")
         if serial in self._bundle.revoked:
             return self._forbid(peer, serial, "revoked-cert", "certificate revoked")
         dispatcher = self._bundle.trusted.get(serial)
@@ -5426,7 +5724,7 @@ class Front:
         fields = parse_fields(request.body, _PING_FIELDS)
         LOG.event("ping", REQID=fields["reqid"], PEER=caller.address, DISPATCHER=caller.dispatcher)
         body = {"status": "ok", "host": self._bundle.host, "version": __version__}
-        body.update(expiry=self._bundle.expiry, staged=False, reqid=fields["reqid"])
+        body.update(expiry=self._bundle.expiry, staged=False, reqid=fields["reqid"], time=iso_time(now()))
         return Response(200, body)
 
     def _capabilities(self, caller: Caller, peer: Peer, _: Request, __: str) -> Response:
@@ -5520,6 +5818,36 @@ class Front:
             return Response(403, {"error": error.message, "status": "forbidden"})
         return self._pass_question(JobRequest("cancel", fields["reqid"], caller.dispatcher), peer)
 
+    def _renew(self, caller: Caller, peer: Peer, request: Request, _: str) -> Response:
+        fields = parse_fields(request.body, _RENEW_FIELDS)
+        return self._pass_task("renew", fields, (), caller, peer)
+
+    def _complete(self, caller: Caller, peer: Peer, request: Request, _: str) -> Response:
+        fields = parse_fields(request.body, _COMPLETE_FIELDS)
+        if not fields["cert"] and not fields["ca"]:
+            raise BadRequest("field `cert` is missing", "cert")
+        args = (fields["cert"], fields["ca"], fields["endorsement"])
+        return self._pass_task("renew-complete", fields, args, caller, peer)
+
+    def _rotate(self, caller: Caller, peer: Peer, request: Request, _: str) -> Response:
+        fields = parse_fields(request.body, _ROTATE_FIELDS)
+        fields["reqid"] = fields["reqid"] or new_id()
+        context = HookContext("rotate", fields["reqid"], hosts=(self._bundle.host,), source_ip=caller.address)
+        try:
+            self._ask_hook(caller, context._replace(username=fields["username"], token=fields["token"]))
+        except Denied as error:
+            LOG.event("deny", REQID=fields["reqid"], REASON=error.message, DISPATCHER=caller.dispatcher)
+            return Response(403, {"error": error.message, "status": "denied"})
+        args = (fields["action"], fields["serial"], caller.serial)
+        return self._pass_task("rotate-serial", fields, args, caller, peer)
+
+    def _pass_task(self, operation: str, fields: dict, args: tuple, caller: Caller, peer: Peer) -> Response:
+        """Something about trust, which is not for a process that strangers talk to."""
+        if not REQUEST_ID.fullmatch(fields["reqid"]):
+            raise BadRequest("field `reqid` is malformed", "reqid")
+        job = JobRequest(operation, fields["reqid"], caller.dispatcher, caller.address, args=args)
+        return self._pass_question(job, peer)
+
     def _refuse_run(self, job: JobRequest, reason: str) -> Response:
         """A well-formed request for something that does not run here: 200, and exit -1 says the rest."""
         LOG.event(
@@ -5562,6 +5890,19 @@ class Front:
         return event, _relay(ours, reader, job.mode == "stream" or job.operation == "follow")
 
 
+def _run_front(bundle: Bundle, control: socket.socket) -> int:
+    return Front(bundle, control).run()
+
+
+def _supervise(bundle: Bundle, control: socket.socket, order: Callable) -> None:
+    config = bundle.config
+    custody = Custody(
+        agent_identity(config), config.trusted_dispatchers_path, config.dispatcher_serial_path,
+        config.revoked_serials, bundle.host,
+    )  # fmt: skip
+    serve_job(control, bundle.rules, Custodian(custody, OpenSSL(), order).tasks())
+
+
 def serve_agent(config_path: str, root: str) -> int:
     """The agent: until SIGTERM. Raises ConfigError for whatever keeps it from starting."""
     config = load_config("agent", config_path, root)
@@ -5587,7 +5928,7 @@ def serve_agent(config_path: str, root: str) -> int:
         return bundle
 
     try:
-        status = Executor(load, lambda bundle, control: Front(bundle, control).run()).run()
+        status = Executor(load, _run_front, _supervise, lambda bundle: recover_jobs(bundle.rules)).run()
     except TrustError as error:  # as final as a broken configuration: a restart will not mend it
         raise ConfigError(error.message, error.hint) from error
     LOG.event("stop")
@@ -5633,7 +5974,8 @@ def check_agent(config: Config) -> list:
     )
     if info is not None:
         findings.append(check_expiry(identity.cert, info))
-    trusted = try_check(findings, "trust map", lambda: load_trust_map(config.trusted_dispatchers_path))
+    paths = (config.trusted_dispatchers_path, config.dispatcher_serial_path)
+    trusted = try_check(findings, "trust map", lambda: load_trust_map(*paths))
     if trusted is not None and not trusted:
         findings.append(Finding("FAIL", "no dispatcher is trusted", "cea request-pairing --dispatcher HOST"))
     try_check(findings, "revocation list", lambda: load_revoked(config.revoked_serials))
@@ -7031,7 +7373,10 @@ class PairingSession:
         except (TrustError, ProgramError, ValueError) as error:
             raise PairingDenied("the certificate is not believed: %s" % error) from error
         write_atomic(config.ca, ca_pem, mode=0o644, durable=True)
-        add_trusted(config.trusted_dispatchers_path, decision["dispatcher_serial"], decision["dispatcher_id"])
+        serial, dispatcher_id = decision["dispatcher_serial"], decision["dispatcher_id"]
+        add_trusted(
+            config.trusted_dispatchers_path, serial, dispatcher_id, older=config.dispatcher_serial_path
+        )
         write_atomic(config.cert, pem, mode=0o644, durable=True)
         if not self.legacy:
             try:
@@ -7200,7 +7545,7 @@ def judge_run(status: int, answer: dict) -> tuple:
     if status == 202:
         return "accepted", ""
     if status in (409, 503):
-        return "busy", str(error or "busy")
+        return "busy", str(error or ("busy" if status == 409 else "the agent answered 503"))
     if status == 500 and answer.get("status") == "unknown":
         return "unknown", str(error)
     if status != 200:

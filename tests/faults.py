@@ -117,11 +117,16 @@ class Scene:
 
     # --- who is who ---
 
-    def fronts(self):
-        """The front is the child that did not make a session of its own."""
-        pids = [ctrl_exec.find_process(pid) for pid in self.host.children()]
+    def front(self, other_than=0):
+        """The front: the one child that makes no session of its own; others need a moment to make theirs."""
         own = ctrl_exec.find_process(self.host.process.pid)
-        return [process.pid for process in pids if process is not None and process.session == own.session]
+
+        def look():
+            children = [ctrl_exec.find_process(pid) for pid in self.host.children()]
+            found = [one.pid for one in children if one is not None and one.session == own.session]
+            return found[0] if len(found) == 1 and found[0] != other_than else 0
+
+        return wait_until(look, what="one front")
 
     def supervisor(self, asked):
         return self.host.record(asked.reqid)["supervisor"]
@@ -174,9 +179,9 @@ class Scene:
 
 
 def kill_front(scene):
-    (pid,) = scene.fronts()
+    pid = scene.front()
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: scene.fronts() not in ([], [pid]), what="a new front")
+    scene.front(other_than=pid)
 
 
 def kill_executor(scene):
@@ -185,7 +190,7 @@ def kill_executor(scene):
 
 
 def kill_both(scene):
-    (pid,) = scene.fronts()
+    pid = scene.front()
     os.kill(pid, signal.SIGSTOP)  # so that it cannot see that the executor is gone
     scene.host.process.kill()
     os.kill(pid, signal.SIGKILL)

@@ -588,10 +588,15 @@ def test_a_revoked_serial_is_forbidden_from_the_next_reload(fresh):
     done = own.control.run("run", "solo", "hello")
     assert done.returncode == 1
     assert "revoked" in done.out
-    # garbage in the list: the old list goes on, and a restart refuses to serve at all
+    # garbage in the list: everybody is refused, and a restart refuses to serve at all
+    host.put(ctrl_exec.AGENT_ETC + "/revoked-serials", "")
+    host.reload()
+    assert support.post(host.port, context, "/ping", {"reqid": "again"})[0] == 200
     host.put(ctrl_exec.AGENT_ETC + "/revoked-serials", "what is this?\n")
-    assert "kept the old configuration" in host.reload()
-    assert support.post(host.port, context, "/ping", {"reqid": "still"})[0] == 403
+    host.reload()
+    status, answer = support.post(host.port, context, "/ping", {"reqid": "none"})
+    assert (status, answer["error"]) == (403, "the revocation list cannot be used")
+    assert any("everybody is refused" in line for line in host.events("deny"))
     host.stop()
     broken = host.run("serve")
     assert broken.returncode == 78

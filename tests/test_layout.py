@@ -30,7 +30,7 @@ HOMES = {
     "ssl": {
         "HEAD": set(), "TRUST": ANY, "SERVER": ANY, "CLIENT": ANY,
         "GROUND": {"OPENSSL_VERSION"}, "CLI": {"OPENSSL_VERSION"},  # for bug reports and --version
-        "OPENSSL": {"cert_time_to_seconds"},
+        "OPENSSL": {"cert_time_to_seconds", "DER_cert_to_PEM_cert"},
         "AGENT": {"SSLContext", "MemoryBIO", "SSLError", "SSLWantReadError"},  # the handshake with itself
         "PAIRING": {"SSLContext"},
     },
