@@ -19,7 +19,7 @@ what it owns and which sections it may use.
      6 TRUST      CA, identities, TLS contexts      18 PAIRING    both halves of one protocol
      7 WIRE       JSON over HTTP, both ways         19 HOSTS      one request to many hosts
      8 SERVER     listening                         20 DISPATCH   what a command does on them
-     9 CLIENT     one request to one host           21 UPKEEP     (the number is kept for it)
+     9 CLIENT     one request to one host           21 UPKEEP     trust that looks after itself
     10 POLICY     auth hooks, rate limits           22 API        (the number is kept for it)
     11 SCRIPTS    what may run, and as what         23 CLI        verbs, tables, text, JSON, demo
     12 RECORDS    what an agent keeps of a run      24 MAIN       role, signals, exit status
@@ -117,6 +117,7 @@ MAX_PAIRING_WAIT = 600
 # --- trust ----------------------------------------------------------------------------------------------
 
 CA_DAYS = 3650
+MAX_SKEW = 60  # seconds between two clocks; certificates are backdated by more, logs are read side by side
 BACKDATE_SECONDS = 2 * 3600  # a host whose clock is an hour slow must accept a new certificate
 SERIAL_BYTES = 16  # CA/Browser Forum asks for 64 bits at least; RFC 5280 allows 20 octets
 NONCE_BYTES = 32
@@ -290,14 +291,18 @@ class ProgramError(CtrlExecError):
 
 
 class TransportError(CtrlExecError):
-    """A host did not answer. `state` is `unreachable` (nothing was sent), `timeout` or `unknown`."""
+    """A host did not answer. `state` is `unreachable` (nothing was sent), `timeout` or `unknown`;
+    `is_refusal`: it has refused our certificate."""
 
     http_status = 502
     code = "transport"
 
-    def __init__(self, message: str, state: str = "unreachable", hint: str = "") -> None:
+    def __init__(
+        self, message: str, state: str = "unreachable", hint: str = "", is_refusal: bool = False
+    ) -> None:
         super().__init__(message, hint)
         self.state = state
+        self.is_refusal = is_refusal
 
 
 class OutputError(CtrlExecError):
@@ -594,6 +599,12 @@ def _sync_directory(directory: str) -> None:
         os.close(descriptor)
 
 
+def rename_durably(source: str, target: str) -> None:
+    """Rename a file, so that it stays renamed when the power fails. Raises OSError."""
+    os.rename(source, target)
+    _sync_directory(os.path.dirname(target) or ".")
+
+
 def write_atomic(
     path: str,
     data: bytes,
@@ -678,6 +689,15 @@ def check_modes(path: str) -> None:
         target = os.readlink(part)
         rest[:0] = [name for name in target.split("/") if name]
         part = "/" if target.startswith("/") else os.path.dirname(part)
+
+
+def check_files(paths: Iterable) -> list:
+    """Whether somebody else could change what decides here, one Finding for each file that is there."""
+    findings: list = []
+    for path in paths:
+        if os.path.exists(path):
+            try_check(findings, "mode and owner of %s" % path, lambda: check_modes(path))
+    return findings
 
 
 def is_current(descriptor: int, path: str) -> bool:
@@ -1121,21 +1141,21 @@ SETTINGS = (
         "cert_renewal_days",
         parse_positive,
         "90",
-        "rotate the dispatcher's below this (not built yet)",
+        "days left below which `maintain` rotates the dispatcher's certificate",
     ),
     Setting(
         "dispatcher",
         "cert_overlap_days",
         parse_positive,
         "30",
-        "days the old one stays trusted after that (not built yet)",
+        "days that the one it replaces stays trusted",
     ),
     Setting(
         "dispatcher",
         "cert_check_interval",
         parse_positive,
         "14400",
-        "seconds between checks of certificates (not built yet)",
+        "seconds between two `maintain --if-due`",
     ),
     Setting("dispatcher", "pairing_port", parse_port, str(PAIRING_PORT), "port of `ced pairing-mode`"),
     Setting(
@@ -1679,9 +1699,33 @@ def read_certificate_der(path: str) -> bytes:
         raise TrustError("%s: %s" % (path, error)) from error
 
 
+def parse_der_serial(der: bytes) -> str:
+    """The serial of a certificate, canonical (RFC 5280 section 4.1). Raises ValueError, IndexError."""
+    ((_, certificate),) = _read_der(der)
+    content = _read_der(_read_der(certificate)[0][1])  # [0] the version, if it is not 1; then the serial
+    return "%x" % int.from_bytes(content[content[0][0] == 0xA0][1], "big")
+
+
+def read_serial(path: str) -> str:
+    """The serial of the certificate in a file, canonical, without starting openssl. Raises TrustError."""
+    try:
+        return parse_der_serial(read_certificate_der(path))
+    except (ValueError, IndexError) as error:
+        raise TrustError("%s: not a certificate" % path) from error
+
+
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+
+
 def parse_openssl_time(text: str) -> float:
-    """`Nov 23 18:09:47 2026 GMT`, as openssl and getpeercert() write it, in seconds since the epoch."""
-    return float(ssl.cert_time_to_seconds(text))
+    """`Nov 23 18:09:47 2026 GMT`, as openssl and getpeercert() write it, in seconds since the epoch.
+
+    By hand for the reason that `parse_iso_time` has. Raises ValueError.
+    """
+    hit = re.fullmatch(r"([A-Z][a-z]{2}) +([0-9]{1,2}) ([0-9:]{8}) ([0-9]{4}) GMT", text)
+    if not hit or hit[1] not in _MONTHS:
+        raise ValueError("not a time such as Nov 23 18:09:47 2026 GMT")
+    return parse_iso_time("%s-%02d-%02dT%sZ" % (hit[4], _MONTHS.index(hit[1]) + 1, int(hit[2]), hit[3]))
 
 
 class _WorkDirectory:
@@ -1855,10 +1899,17 @@ class OpenSSL:
         """The public key in a certificate request, as PEM."""
         return self._run("req", "-noout", "-pubkey", stdin=pem.encode("ascii"))
 
+    def find_key(self, pem: bytes, paths: list) -> str:
+        """Which of these private keys the certificate was issued for. Raises TrustError when it is none."""
+        public = self.public_key(pem)
+        for path in paths:
+            if self._run("pkey", "-in", path, "-pubout") == public:
+                return path
+        raise TrustError("the certificate does not belong to the key %s" % paths[0])
+
     def check_key_match(self, pem: bytes, key_path: str) -> None:
         """Raise TrustError unless the certificate was issued for the key at `key_path`."""
-        if self.public_key(pem) != self._run("pkey", "-in", key_path, "-pubout"):
-            raise TrustError("the certificate does not belong to the key %s" % key_path)
+        self.find_key(pem, [key_path])
 
     def check_endorsement(self, endorsement: bytes, cas: bytes, successor: bytes) -> None:
         """Raise TrustError unless one of `cas` has certified the key of the CA `successor` as a CA's: then
@@ -2054,9 +2105,40 @@ def ca_key_path(ca_cert: str) -> str:
     return os.path.splitext(ca_cert)[0] + ".key"
 
 
+def sibling_path(path: str, word: str) -> str:
+    """A file that belongs to another one: `ca.crt` and `retired` give `ca.retired.crt`."""
+    return "%s.%s%s" % (os.path.splitext(path)[0], word, os.path.splitext(path)[1])
+
+
 def next_path(path: str) -> str:
     """Where the successor of a certificate or key waits: ca.next.crt."""
-    return "%s.next%s" % os.path.splitext(path)
+    return sibling_path(path, "next")
+
+
+# A certificate is replaced together with its key, which takes two renames: the certificate's comes first. Who
+# is killed between them, or reads between them, finds the key that fits under the name of the successor.
+
+
+def key_paths(key: str) -> list:
+    """Where the key of a certificate may be, most likely first."""
+    return [path for path in (key, next_path(key)) if path == key or os.path.exists(path)]
+
+
+def put_next(cert: str, key: str) -> None:
+    """Put the successors of a certificate and its key in place. Raises StorageError."""
+    try:
+        for path in (cert, key):
+            if os.path.exists(next_path(path)):
+                rename_durably(next_path(path), path)
+    except OSError as error:
+        raise StorageError("cannot replace %s: %s" % (path, error.strerror)) from error
+
+
+def settle_next(openssl: OpenSSL, cert: str, key: str) -> None:
+    """Finish a replacement that was interrupted between its two renames. Raises StorageError, TrustError."""
+    if os.path.exists(next_path(key)) and not os.path.exists(next_path(cert)):
+        if openssl.find_key(read_certificate_file(cert), key_paths(key)) == next_path(key):
+            put_next(cert, key)
 
 
 def load_cas(ca_cert: str) -> list:
@@ -2073,6 +2155,25 @@ def load_cas(ca_cert: str) -> list:
     return cas
 
 
+def former_identity(identity: Identity, serial: str) -> Identity:
+    """Where an identity is kept once it has been replaced."""
+    word = "former-" + serial
+    return Identity(sibling_path(identity.cert, word), sibling_path(identity.key, word), identity.ca)
+
+
+def find_former(identity: Identity) -> list:
+    """The identities that this one has replaced and that some agent may still trust, the latest first:
+    dispatcher.former-SERIAL.crt and .key beside the present ones."""
+    directory, name = os.path.split(sibling_path(identity.cert, "former-"))
+    form = re.compile("%s([0-9a-f]{1,40})%s" % tuple(map(re.escape, os.path.splitext(name))))
+    try:
+        hits = [form.fullmatch(file) for file in os.listdir(directory)]
+    except OSError:  # not ours to look into: then there are none for us
+        return []
+    found = [former_identity(identity, hit[1]) for hit in hits if hit]
+    return sorted(found, key=lambda former: -os.stat(former.cert).st_mtime)
+
+
 def new_ca(openssl: OpenSSL, ca_cert: str, kind: str, name: str) -> CertInfo:
     """Make the private CA, once. Raises TrustError when there is one, or half of one."""
     key = ca_key_path(ca_cert)
@@ -2087,6 +2188,64 @@ def new_ca(openssl: OpenSSL, ca_cert: str, kind: str, name: str) -> CertInfo:
         os.unlink(key)  # ours, and nothing was signed with it: half a CA would only block the next attempt
         raise
     return openssl.read_certificate(ca_cert)
+
+
+def name_cas(cas: list) -> str:
+    """A name for a set of CAs, to see whether two hosts believe the same: their serials."""
+    return ",".join(sorted(parse_der_serial(decode_pem(pem, "CERTIFICATE")) for pem in cas))
+
+
+def endorsement_path(ca_cert: str) -> str:
+    """Where the CA's word for its successor is: a certificate for the successor's key, signed by the CA."""
+    return sibling_path(next_path(ca_cert), "endorsed")
+
+
+def new_successor(openssl: OpenSSL, ca_cert: str, kind: str, name: str) -> CertInfo:
+    """Make the CA that will follow this one, and this one's word for it; goes on where an interrupted call
+    has stopped. Raises TrustError when there is a successor already."""
+    cert, key = next_path(ca_cert), next_path(ca_key_path(ca_cert))
+    if os.path.exists(endorsement_path(ca_cert)):
+        raise TrustError("%s exists: the CA has a successor" % cert, "next: ced maintain, then ced retire-ca")
+    new_key_file(openssl, key, kind)  # there may be one: nobody has believed it yet
+    if not os.path.exists(cert):
+        write_atomic(cert, openssl.sign_ca(key, name, CA_DAYS).encode("ascii"), mode=0o644, durable=True)
+    info = openssl.read_certificate(cert)
+    request = openssl.new_request(key, info.common_name)
+    word = openssl.sign(request, info.common_name, "ca", CA_DAYS, ca_cert, ca_key_path(ca_cert))
+    write_atomic(endorsement_path(ca_cert), word.encode("ascii"), mode=0o644, durable=True)
+    return info
+
+
+def find_issuer(openssl: OpenSSL, ca_cert: str, pem: bytes) -> str:
+    """Which CA has issued a certificate: the file of the successor's certificate, or of ours."""
+    try:
+        openssl.check_chain(pem, read_certificate_file(next_path(ca_cert)), "any")
+        return next_path(ca_cert)
+    except TrustError:  # there is none, or it was not that one
+        return ca_cert
+
+
+def load_handover(ca_cert: str) -> dict:
+    """What an agent needs to believe the CA's successor as well; nothing while there is none."""
+    if not os.path.exists(endorsement_path(ca_cert)):
+        return {}
+    word = read_certificate_file(endorsement_path(ca_cert)).decode("ascii", "replace")
+    return {"ca": "".join(load_cas(ca_cert)), "endorsement": word}
+
+
+def retire_ca(openssl: OpenSSL, ca_cert: str) -> str:
+    """Put the successor in the place of the CA, whose files are kept under a name of their own; returns its
+    certificate's. Called again, it finishes what was interrupted. Raises StorageError, TrustError."""
+    key = ca_key_path(ca_cert)
+    settle_next(openssl, ca_cert, key)
+    kept = sibling_path(ca_cert, "retired-" + read_serial(ca_cert))
+    if os.path.exists(next_path(ca_cert)):
+        write_atomic(ca_key_path(kept), read_file(key), mode=0o600, durable=True)
+        write_atomic(kept, read_certificate_file(ca_cert), mode=0o644, durable=True)
+        put_next(ca_cert, key)
+    if os.path.exists(endorsement_path(ca_cert)):
+        os.unlink(endorsement_path(ca_cert))
+    return kept
 
 
 def new_dispatcher_identity(
@@ -2111,7 +2270,7 @@ def check_identity(openssl: OpenSSL, identity: Identity, purpose: str, group: st
     pem = read_certificate_file(identity.cert)
     try:
         openssl.check_chain(pem, "".join(load_cas(identity.ca)).encode("ascii"), purpose)
-        openssl.check_key_match(pem, identity.key)
+        openssl.find_key(pem, key_paths(identity.key))
     except TrustError as error:
         raise TrustError("%s: %s" % (identity.cert, error.message), error.hint) from error
     return info
@@ -2155,14 +2314,17 @@ def render_reason(reason: str) -> str:
 
 
 def _load_identity(context: ssl.SSLContext, identity: Identity, group: str) -> None:
-    check_key_mode(identity.key, group)
-    try:
-        context.load_cert_chain(identity.cert, identity.key)
-    except FileNotFoundError:
-        raise TrustError("%s: no such file" % identity.cert) from None
-    except (OSError, ssl.SSLError) as error:
-        what = getattr(error, "reason", None) or error.strerror or "cannot be loaded"
-        raise TrustError("%s with %s: %s" % (identity.cert, identity.key, render_reason(what))) from error
+    problem: Optional[Exception] = None
+    for key in (*key_paths(identity.key), identity.key):  # once more: it may have been renamed just now
+        check_key_mode(key, group)
+        try:
+            return context.load_cert_chain(identity.cert, key)
+        except FileNotFoundError:
+            raise TrustError("%s: no such file" % identity.cert) from None
+        except (OSError, ssl.SSLError) as error:
+            problem = problem or error
+    what = getattr(problem, "reason", None) or getattr(problem, "strerror", None) or "cannot be loaded"
+    raise TrustError("%s with %s: %s" % (identity.cert, identity.key, render_reason(what))) from problem
 
 
 def _load_ca(context: ssl.SSLContext, path: str) -> None:
@@ -2175,6 +2337,18 @@ def _load_ca(context: ssl.SSLContext, path: str) -> None:
         raise TrustError("%s: not a CA certificate" % path) from error
     if not all(is_strict_ca(decode_pem(pem, "CERTIFICATE")) for pem in cas):
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+
+
+def check_ca_form(ca_cert: str) -> list:
+    """What is weak about the CAs that are believed."""
+    try:
+        if all(is_strict_ca(decode_pem(pem, "CERTIFICATE")) for pem in load_cas(ca_cert)):
+            return []
+    except TrustError as error:
+        return [Finding("FAIL", error.message, error.hint)]
+    what = "%s is of an older release: it has no extensions, and for it alone strict verification is off"
+    hint = "move on: ced setup-ca --next, ced maintain, ced retire-ca"
+    return [Finding("WARN", what % ca_cert, hint)]
 
 
 def new_server_context(identity: Identity, verify_clients: bool, group: str = "") -> ssl.SSLContext:
@@ -2217,11 +2391,13 @@ def new_probe_context(ca_path: str) -> ssl.SSLContext:
 
 
 class PeerCert(NamedTuple):
-    """The facts of the certificate the peer has proved to hold."""
+    """The facts of the certificate the peer has proved to hold; times are seconds since the epoch."""
 
     serial: str
     common_name: str
     names: tuple
+    not_before: float = 0.0
+    not_after: float = 0.0
 
 
 def read_peer_cert(tls: ssl.SSLSocket) -> Optional[PeerCert]:
@@ -2231,7 +2407,8 @@ def read_peer_cert(tls: ssl.SSLSocket) -> Optional[PeerCert]:
         return None
     subject = {key: value for part in facts.get("subject", ()) for key, value in part}
     names = tuple(value for kind, value in facts.get("subjectAltName", ()) if kind == "DNS")
-    return PeerCert(parse_serial(facts["serialNumber"]), subject.get("commonName", ""), names)
+    dates = (parse_openssl_time(facts[key]) for key in ("notBefore", "notAfter"))
+    return PeerCert(parse_serial(facts["serialNumber"]), subject.get("commonName", ""), names, *dates)
 
 
 def is_named(peer: PeerCert, name: str) -> bool:
@@ -2256,6 +2433,11 @@ _ALERTS = {  # what the peer said when it refused, by OpenSSL's reason
 
 
 _DATE_ERRORS = (9, 10)  # X509_V_ERR_CERT_NOT_YET_VALID and _HAS_EXPIRED of x509_vfy.h
+
+
+def is_refusal(error: ssl.SSLError) -> bool:
+    """Whether the peer said that it does not accept us, in an alert (RFC 8446 section 6.2)."""
+    return "ALERT" in (error.reason or "")
 
 
 def describe_tls_error(error: ssl.SSLError) -> str:
@@ -3179,8 +3361,10 @@ class _Truth:
         if isinstance(error, ssl.SSLError):
             # With TLS 1.3 the server judges our certificate after our handshake has succeeded: a refusal
             # arrives here, as an alert, and is no lost answer.
-            state = "unreachable" if "ALERT" in (error.reason or "") else state
-            raise TransportError("%s: %s" % (self._name, describe_tls_error(error)), state) from error
+            refused = is_refusal(error)
+            state = "unreachable" if refused else state
+            words = "%s: %s" % (self._name, describe_tls_error(error))
+            raise TransportError(words, state, is_refusal=refused) from error
         if isinstance(error, OSError):
             raise TransportError("%s closed the connection before it answered" % self._name, state) from error
         if isinstance(error, (BadRequest, TooLarge, HeadTooLarge)):
@@ -3204,16 +3388,20 @@ class Connection:
             raise TransportError("%s did not finish TLS within %g s" % (self._name, seconds)) from error
         except ssl.SSLError as error:
             self.close()
-            raise TransportError(
-                "TLS with %s failed: %s" % (self._name, describe_tls_error(error))
-            ) from error
+            words = "TLS with %s failed: %s" % (self._name, describe_tls_error(error))
+            raise TransportError(words, is_refusal=is_refusal(error)) from error
         except OSError as error:
             self.close()
             raise TransportError("%s closed the connection during TLS" % self._name) from error
         self._channel = Channel(self._tls)
+        self.is_kept = False  # whether the other end takes another request after the last answer
 
     def peer_cert(self) -> Optional[PeerCert]:
         return read_peer_cert(self._tls)
+
+    def peer_pem(self) -> bytes:
+        """The certificate that the other end has proved to hold."""
+        return ssl.DER_cert_to_PEM_cert(self._tls.getpeercert(binary_form=True)).encode("ascii")
 
     def check_identity(self, name: str, revoked: frozenset) -> None:
         """Raise TransportError unless the certificate at the other end is the one issued for `name`."""
@@ -3243,6 +3431,7 @@ class Connection:
             self._send(encode_request(method, path, self._name.split()[0], body, keep), deadline)
             truth.sent = True
             answer = read_answer(self._channel, deadline)
+            self.is_kept = answer.version == "1.1" and "close" not in answer.headers.get("connection", "")
             data = b"".join(read_body(self._channel, answer, deadline, limit))
             return answer.status, parse_json(data)  # with the same distrust as a request
 
@@ -3258,7 +3447,7 @@ class Connection:
             try:
                 self._tls.recv(1)
             except ssl.SSLError as alert:
-                if "ALERT" in (alert.reason or ""):
+                if is_refusal(alert):
                     raise
             except OSError:
                 pass
@@ -5979,6 +6168,10 @@ def check_agent(config: Config) -> list:
     if trusted is not None and not trusted:
         findings.append(Finding("FAIL", "no dispatcher is trusted", "cea request-pairing --dispatcher HOST"))
     try_check(findings, "revocation list", lambda: load_revoked(config.revoked_serials))
+    files = (config.path, scripts_conf_path(config), identity.cert, identity.ca, paths[0])
+    findings += check_files((*files, config.revoked_serials))
+    if os.path.exists(identity.ca):
+        findings += check_ca_form(identity.ca)
     built = try_check(findings, "allowlist", lambda: build_rules(config, "", frozenset()))
     if built is not None:
         rules, warnings = built
@@ -6046,7 +6239,7 @@ def ping_self(config: Config) -> CertInfo:
 # 17. REGISTRY
 # Owns:  the paired agents on the control host, which of them a command means, and the locks of running
 #        host:script pairs. All of it is files: several control hosts can share the directory.
-# Uses:  HEAD, ERRORS, GROUND, SETTINGS, TRUST, CLIENT
+# Uses:  HEAD, ERRORS, GROUND, SETTINGS, OPENSSL, TRUST, CLIENT
 # On disk: agents/NAME.json, agents/.lock; runs/REQID.json; locks/HOST--SCRIPT.lock
 # ======================================================================================================
 
@@ -6065,6 +6258,13 @@ class Agent(NamedTuple):
     paired: str = ""
     reqid: str = ""  # of the pairing request
     tags: dict = {}
+    dispatcher_serial: str = ""  # the latest of our own certificates that it is known to trust
+    serial_confirmed: str = ""  # when that was
+    serial_status: str = ""  # current, pending, or stale: never told before the overlap ended
+    issued: dict = {}  # serials of its certificates that have not expired: [expiry, `issuer`]
+    issuer: str = ""  # the CA of its certificate, as `name_cas` calls it
+    cas: str = ""  # the CAs that it believes, as `name_cas` calls them
+    renewal_tried: str = ""  # when a renewal was begun that has not succeeded
     extra: dict = {}  # fields of other releases, kept as they are
 
     def address(self) -> str:
@@ -6097,17 +6297,24 @@ def _parse_agent(values: dict, path: str) -> Agent:
     known.setdefault("ip", "")
     known.setdefault("lookup_by", "ip" if known["ip"] else "hostname")
     known.setdefault("cert_name", name)
+    known.update({key: str(known[key]) for key in ("serial_confirmed", "serial_status") if key in known})
     try:
         known["port"] = parse_count(str(known.get("port", AGENT_PORT)), 1, 65535)
-        if known.get("serial"):
-            known["serial"] = parse_serial(str(known["serial"]))
+        for key in ("serial", "dispatcher_serial"):
+            if known.get(key):
+                known[key] = parse_serial(str(known[key]))
     except ValueError as error:
-        raise StorageError("%s: port and serial: expected %s" % (path, error)) from None
+        raise StorageError("%s: port and serials: expected %s" % (path, error)) from None
+    issued = known.get("issued", {})
+    if type(issued) is not dict or not all(
+        type(fact) is list and list(map(type, fact)) == [str, str] for fact in issued.values()
+    ):
+        raise StorageError("%s: `issued` is not SERIAL: [EXPIRY, ISSUER]" % path)
     for key in ("name", "hostname", "cert_name"):
         if type(known[key]) is not str or not HOST_NAME.fullmatch(known[key]):
             raise StorageError("%s: `%s` is not a host name" % (path, key))
     for key, value in known.items():
-        expected = {"port": int, "tags": dict, "extra": dict}.get(key, str)
+        expected = {"port": int, "tags": dict, "issued": dict, "extra": dict}.get(key, str)
         if type(value) is not expected:
             raise StorageError("%s: `%s` is not %s" % (path, key, "text" if expected is str else "an object"))
     return Agent(**known)
@@ -6179,6 +6386,51 @@ def save_agent(directory: str, agent: Agent) -> None:
     values = dict(agent.extra)
     values.update({key: value for key, value in agent._asdict().items() if key != "extra"})
     write_atomic(_agent_path(directory, agent.name), encode_state(values), mode=0o640, durable=True)
+
+
+def update_agent(directory: str, name: str, change: Callable) -> Optional[Agent]:
+    """Let `change(agent)` return an agent's new record; None when it is not registered any more."""
+    with registry_lock(directory):
+        agent = find_agent(directory, name)
+        changed = None if agent is None else change(agent)
+        if changed is not None and changed != agent:
+            save_agent(directory, changed)
+        return changed
+
+
+def count_days_left(expiry: str) -> Optional[int]:
+    """Whole days until a time, in ISO 8601 or as older releases wrote it, or None when it is neither."""
+    for parse in (parse_iso_time, parse_openssl_time):
+        try:
+            return int((parse(expiry) - now()) // 86400)
+        except ValueError:
+            pass
+    return None
+
+
+def with_issued(agent: Agent, info: CertInfo, issuer: str) -> Agent:
+    """An agent for which a certificate has been made, whether or not it has arrived there."""
+    known = {agent.serial: [agent.expiry, agent.issuer], **agent.issued} if agent.serial else agent.issued
+    valid = {serial: fact for serial, fact in known.items() if (count_days_left(fact[0]) or 0) >= 0}
+    return agent._replace(issued=dict(valid, **{info.serial: [iso_time(info.not_after), issuer]}))
+
+
+def with_certificate(agent: Agent, info: CertInfo, issuer: str) -> Agent:
+    """An agent that has this certificate."""
+    holder = with_issued(agent, info, issuer)
+    return holder._replace(
+        serial=info.serial, expiry=iso_time(info.not_after), issuer=issuer, renewal_tried=""
+    )
+
+
+def with_trust(agent: Agent, serial: str) -> Agent:
+    """An agent that trusts this certificate of ours."""
+    return agent._replace(dispatcher_serial=serial, serial_confirmed=iso_time(now()), serial_status="current")
+
+
+def list_serials(agent: Agent) -> list:
+    """The serials of all certificates that were made for an agent and may still be valid."""
+    return sorted({parse_serial(text) for text in (agent.serial, *agent.issued) if text})
 
 
 def remove_agent(directory: str, name: str) -> None:
@@ -6948,13 +7200,18 @@ def dispatcher_identity(config: Config) -> Identity:
     return Identity(config.cert, config.key, config.ca)
 
 
+def find_signer(config: Config, openssl: OpenSSL) -> str:
+    """The CA that certifies a new agent: the one of our own certificate, which the agent is to verify."""
+    return find_issuer(openssl, config.ca, read_certificate_file(config.cert))
+
+
 def build_terms(config: Config, openssl: OpenSSL, desk: str, allow_legacy: bool = False) -> PairingTerms:
     """Who this dispatcher is, for the front and for computing codes. Raises TrustError."""
-    serial = openssl.read_certificate(config.cert).serial
-    ca = read_certificate_file(config.ca).decode("ascii", "replace")
+    ca = read_certificate_file(find_signer(config, openssl)).decode("ascii", "replace")
     return PairingTerms(
-        ca, config.dispatcher_id, serial, allow_legacy, config.pairing_timeout, config.pairing_max_queue, desk
-    )
+        ca, config.dispatcher_id, read_serial(config.cert), allow_legacy, config.pairing_timeout,
+        config.pairing_max_queue, desk,
+    )  # fmt: skip
 
 
 def _check_undecided(config: Config, request: PairingRequest) -> None:
@@ -6981,9 +7238,9 @@ def approve_pairing(
         replaced = find_agent(config.registry_dir, name) if approval.replace else None
         if replaced is None:
             check_free_name(config.registry_dir, name)
-        certificate = openssl.sign(
-            request.csr, name, "agent", config.cert_days, config.ca, ca_key_path(config.ca)
-        )
+        terms = build_terms(config, openssl, request.desk)
+        signer = find_signer(config, openssl)
+        certificate = openssl.sign(request.csr, name, "agent", config.cert_days, signer, ca_key_path(signer))
         info = openssl.parse_certificate(certificate.encode("ascii"))
         agent = Agent(
             name=name,
@@ -6992,15 +7249,14 @@ def approve_pairing(
             port=approval.port or request.port or AGENT_PORT,
             lookup_by=approval.lookup_by or request.lookup_by or "ip",
             cert_name=name,
-            serial=info.serial,
-            expiry=iso_time(info.not_after),
             paired=iso_time(now()),
             reqid=request.reqid,
         )
+        agent = with_certificate(agent, info, name_cas([terms.ca]))
+        agent = with_trust(agent, terms.dispatcher_serial)._replace(cas=agent.issuer)
         save_agent(config.registry_dir, agent)
-        if replaced is not None and replaced.serial:
-            add_revoked(config.revoked_serials, [replaced.serial], "replaced: %s" % name)
-        terms = build_terms(config, openssl, request.desk)
+        if replaced is not None:
+            add_revoked(config.revoked_serials, list_serials(replaced), "replaced: %s" % name)
         proof = (
             token_proof(secret, "dispatcher", build_secrets(terms, request), certificate) if secret else ""
         )
@@ -7040,6 +7296,7 @@ class PairingDesk:
         self._channels: dict = {}  # reqid to the socket on which the front waits
         self._lock = FileLock(_desk_path(config.pairing_dir, terms.desk), transient=True)
         self._lock.acquire()
+        self._identity = os.stat(config.cert).st_mtime_ns
 
     def descriptors(self) -> list:
         """What to wait for, besides the terminal and the clock."""
@@ -7048,8 +7305,10 @@ class PairingDesk:
     def turn(self) -> None:
         """Do what is due: take in what the front has, send what was decided, forget who went away.
 
-        Raises Unavailable when the front has died.
+        Raises Unavailable when the front has died, or shows a certificate that is no longer ours.
         """
+        if os.stat(self._config.cert).st_mtime_ns != self._identity:
+            raise Unavailable("the dispatcher's certificate was replaced", "start pairing-mode again")
         readable = select.select(self.descriptors(), [], [], 0)[0]
         if self._control.fileno() in readable:
             self._take_request()
@@ -7302,9 +7561,14 @@ class PairingSession:
             raise PairingDenied("the CA is not the expected one: its fingerprint is %s" % self.ca_fingerprint)
         path = self._config.ca
         if os.path.exists(path) and not self._wish.replace_ca:
-            if fingerprint(read_certificate_der(path)) != self.ca_fingerprint:
+            if not self._is_known_ca(ca):
                 hint = "to leave that CA and its dispatchers: --replace-ca"
                 raise PairingDenied("this host belongs to another CA (%s)" % path, hint)
+
+    def _is_known_ca(self, ca: str) -> bool:
+        """Whether this host believes the CA already, perhaps beside another."""
+        path = self._config.ca
+        return os.path.exists(path) and split_pem(ca)[0] in load_cas(path)
 
     def wait(self) -> dict:
         """Open the commitment and wait for the decision. Raises PairingTimeout, PairingDenied."""
@@ -7372,7 +7636,8 @@ class PairingSession:
             info = self._openssl.parse_certificate(pem)
         except (TrustError, ProgramError, ValueError) as error:
             raise PairingDenied("the certificate is not believed: %s" % error) from error
-        write_atomic(config.ca, ca_pem, mode=0o644, durable=True)
+        if not self._is_known_ca(decision["ca"]):
+            write_atomic(config.ca, ca_pem, mode=0o644, durable=True)
         serial, dispatcher_id = decision["dispatcher_serial"], decision["dispatcher_id"]
         add_trusted(
             config.trusted_dispatchers_path, serial, dispatcher_id, older=config.dispatcher_serial_path
@@ -7430,7 +7695,7 @@ def load_pairing_states(config: Config) -> list:
 # 19. HOSTS
 # Owns:  one request to many hosts or one: the fan-out, what an answer means, and what became of a request
 #        whose connection broke. Whatever happens to a host comes back as one result.
-# Uses:  HEAD, ERRORS, GROUND, SETTINGS, TRUST, WIRE, CLIENT, RECORDS, REGISTRY, PAIRING
+# Uses:  HEAD, ERRORS, GROUND, SETTINGS, OPENSSL, TRUST, WIRE, CLIENT, RECORDS, REGISTRY, PAIRING
 # ======================================================================================================
 
 
@@ -7444,6 +7709,7 @@ class HostResult(NamedTuple):
     error: str = ""
     hint: str = ""
     answer: dict = {}  # what the agent said, checked
+    note: Optional[Finding] = None  # what was done for it besides
 
 
 STATES = ("ok", "accepted", "failed", "refused", "busy", "timeout", "unreachable", "unknown")
@@ -7500,6 +7766,15 @@ class _TooOld(Exception):
     """An agent's release does not know this request; the message is the request's name."""
 
 
+class _Stranger(Exception):
+    """The agent does not trust the certificate that we have shown; nothing has been done."""
+
+
+def _check_known(status: int, answer: dict) -> None:
+    if status == 403 and answer.get("error") == "serial mismatch":
+        raise _Stranger("serial mismatch")
+
+
 def _expect(answer: dict, fields: dict) -> dict:
     for name, kind in fields.items():
         if type(answer.get(name)) is not kind:
@@ -7508,7 +7783,7 @@ def _expect(answer: dict, fields: dict) -> dict:
 
 
 _RUN_ANSWER = {"exit": int, "stdout": str, "stderr": str}
-_PING_ANSWER = {"status": str, "host": str, "version": str, "expiry": str}
+_PING_ANSWER = {"status": str}
 _CAPABILITIES_ANSWER = {"status": str, "host": str, "version": str, "scripts": list}
 
 
@@ -7525,6 +7800,7 @@ def judge_ping(status: int, answer: dict) -> tuple:
     if status != 200:
         return _judge_refusal(status, answer)
     _expect(answer, _PING_ANSWER)
+    _expect(answer, {key: str for key in ("host", "version", "expiry", "time") if key in answer})
     return ("ok", "") if answer["status"] == "ok" else ("failed", answer["status"])
 
 
@@ -7674,40 +7950,56 @@ class HostClient:
     def __init__(self, config: Config) -> None:
         """Raises TrustError when the dispatcher's own identity cannot be used."""
         self._config = config
-        self._context = new_client_context(dispatcher_identity(config))
-        self._revoked = load_revoked(config.revoked_serials)
         self._handshakes = threading.BoundedSemaphore(config.max_parallel)
+        self.load()
 
-    def _connect(self, agent: Agent) -> Connection:
+    def load(self) -> None:
+        """Be who the files say that we are, and refuse whom they refuse. Raises TrustError."""
+        self._identity = dispatcher_identity(self._config)
+        self._context = new_client_context(self._identity)
+        self._revoked = load_revoked(self._config.revoked_serials)
+
+    def _connect(self, agent: Agent, context: Any) -> Connection:
         with self._handshakes:
-            return connect_agent(
-                build_target(agent), self._context, self._revoked, self._config.connect_timeout
-            )
+            return connect_agent(build_target(agent), context, self._revoked, self._config.connect_timeout)
 
     def call(
         self, agent: Agent, reqid: str, method: str, path: str, body: Optional[dict], judge: Callable,
-        seconds: float = 0,
+        seconds: float = 0, then: Optional[Callable] = None,
     ) -> HostResult:  # fmt: skip
-        """One request to one host, whatever happens, as a result; `seconds` instead of `read_timeout`."""
+        """One request to one host, whatever happens, as a result; `seconds` instead of `read_timeout`.
 
-        def exchange() -> tuple:
+        After a good answer `then(agent, connection, is_current)` may go on over the same connection, and
+        returns the result's note; `is_current`: the agent trusts our present certificate.
+        """
+
+        def exchange(context: Any) -> tuple:
             deadline = Deadline(seconds or self._config.read_timeout)
             limit = 16 * MAX_BODY if path == "/capabilities" else MAX_ANSWER  # sidecars are 64 KiB each
-            with self._connect(agent) as connection:
-                status, answer = connection.request(method, path, body, deadline, limit=limit)
-            return (*judge(status, answer), answer)
+            with self._connect(agent, context) as connection:
+                status, answer = connection.request(
+                    method, path, body, deadline, keep=then is not None, limit=limit
+                )
+                _check_known(status, answer)
+                state, error = judge(status, answer)
+                note = None
+                if then is not None and state == "ok":
+                    note = then(agent, connection, context is self._context)
+                return state, error, answer, note
 
-        return self._judge_safely(agent, reqid, exchange)
+        return self._judge_safely(agent, reqid, lambda: self._as_known(agent, reqid, exchange))
 
     def _judge_safely(self, agent: Agent, reqid: str, exchange: Callable) -> HostResult:
-        """What `exchange()` says, which is (state, error, answer), and what went wrong instead."""
+        """What `exchange()` says, which is (state, error, answer, note), and what went wrong instead."""
         began = time.monotonic()
         answer: dict = {}
-        hint = ""
+        hint, note = "", None
         try:
-            state, error, answer = exchange()
+            state, error, answer, note = exchange()
         except TransportError as problem:
             state, error, hint = problem.state, problem.message, problem.hint
+        except _Stranger as problem:
+            state, error = "refused", str(problem)
         except _Malformed as problem:
             state, error, answer = "unknown", str(problem), {}
         except _TooOld as problem:
@@ -7717,7 +8009,46 @@ class HostClient:
         except Exception as problem:
             log_bug(problem, REQID=reqid, HOST=agent.name)
             state, error = "unknown", "internal error; see the log"
-        return HostResult(agent.name, state, reqid, time.monotonic() - began, error, hint, answer)
+        return HostResult(agent.name, state, reqid, time.monotonic() - began, error, hint, answer, note)
+
+    # --- an agent that does not know our present certificate yet -----------------------------------------
+
+    def _as_known(self, agent: Agent, reqid: str, exchange: Callable) -> Any:
+        """Do `exchange(context)`; if the agent does not know the certificate that we show, show an earlier
+        one and introduce ourselves. What it refused, it has not done: so it may be asked again."""
+        try:
+            return exchange(self._context)
+        except (TransportError, _Stranger) as problem:
+            if isinstance(problem, TransportError) and not problem.is_refusal:
+                raise
+            context = self._introduce(agent, reqid)
+            if context is None:
+                raise
+        return exchange(context)
+
+    def _introduce(self, agent: Agent, reqid: str) -> Any:
+        """Have the agent trust our present certificate, on the word of an earlier one that it knows. Returns
+        what to go on with: the present one, the earlier one with an agent too old to learn, or None."""
+        body = {"serial": read_serial(self._identity.cert), "action": "add", "reqid": reqid}
+        requests = [("/rotate-serial", body)]
+        handover = load_handover(self._identity.ca)
+        if handover:  # or it could not verify our present certificate
+            requests.insert(0, ("/renew-complete", dict(handover, reqid=reqid)))
+        for former in find_former(self._identity):
+            try:
+                context = new_client_context(former)
+                with self._connect(agent, context) as connection:
+                    for path, body in requests:
+                        deadline = Deadline(self._config.read_timeout)
+                        status, _ = connection.request("POST", path, body, deadline, keep=True)
+                        if status in (404, 405):
+                            return context
+            except (TransportError, TrustError):
+                continue
+            if status == 200:
+                LOG.event("rotate", REQID=reqid, HOST=agent.name, SERIAL=body["serial"], CHANGE="add")
+                return self._context
+        return None
 
     def fetch(self, agent: Agent, reqid: str, wait: float) -> HostResult:
         """Ask for a result, which the agent may take `wait` seconds to give."""
@@ -7754,29 +8085,31 @@ class HostClient:
         the last one broke; `first` is the first request: (method, path, body). The result has no output."""
         seconds = self._config.read_timeout
         received = _Received(agent.name, first[0] == "POST", show, from_now)
+        request = first
 
-        def exchange() -> tuple:
-            method, path, body = first
+        def exchange(context: Any) -> tuple:
+            nonlocal request
             lost: Optional[TransportError] = None
             deadline = Deadline(seconds)
             while lost is None or not deadline.is_over():
                 try:
-                    with self._connect(agent) as connection:
-                        for status, event in connection.request_lines(method, path, body, Patience(seconds)):
+                    with self._connect(agent, context) as connection:
+                        for status, event in connection.request_lines(*request, Patience(seconds)):
+                            _check_known(status, event)
                             ended = received.take(status, event)
                             if ended is not None:
-                                return ended
+                                return (*ended, None)
                             deadline = Deadline(seconds)
                     raise TransportError("%s ended the stream too early" % agent.name, "unknown")
                 except TransportError as problem:
-                    if lost is None and problem.state == "unreachable" and method == "POST":
+                    if lost is None and problem.state == "unreachable" and request[0] == "POST":
                         raise  # nothing has been sent
                     lost = lost or problem
                 time.sleep(min(1.0, deadline.left()))
-                method, path, body = "GET", "/follow/%s?%s" % (reqid, received.where()), None
+                request = ("GET", "/follow/%s?%s" % (reqid, received.where()), None)
             raise TransportError(lost.message, "unknown")
 
-        return self._judge_safely(agent, reqid, exchange)
+        return self._judge_safely(agent, reqid, lambda: self._as_known(agent, reqid, exchange))
 
 
 # ======================================================================================================
@@ -7816,7 +8149,7 @@ class Dispatcher:
     def __init__(self, config: Config) -> None:
         """Raises TrustError when the dispatcher's own identity cannot be used."""
         self._config = config
-        self._client = HostClient(config)
+        self.client = HostClient(config)
         hook = find_hook(
             config.auth_hook,
             config.default_path(ETC + "/auth-hook"),
@@ -7832,7 +8165,7 @@ class Dispatcher:
     def authorise(self, context: HookContext) -> None:
         """Ask the hook, if there is one. Raises Denied."""
         if self._hook is not None:
-            serial = OpenSSL().read_certificate(self._config.cert).serial
+            serial = read_serial(self._config.cert)
             self._hook.decide(
                 context._replace(dispatcher=self._config.dispatcher_id, dispatcher_serial=serial)
             )
@@ -7845,19 +8178,20 @@ class Dispatcher:
             LOG.event(action, RTT="%dms" % (result.rtt * 1000), **fields)
             yield result
 
-    def ping(self, agents: list, reqid: str) -> Iterator[HostResult]:
-        """Ask every agent whether it is there."""
-        return self._each(
-            agents,
-            "ping",
-            lambda agent: self._client.call(agent, reqid, "POST", "/ping", {"reqid": reqid}, judge_ping),
-        )
+    def ping(self, agents: list, reqid: str, then: Optional[Callable] = None) -> Iterator[HostResult]:
+        """Ask every agent whether it is there; `then` as in `HostClient.call`."""
+
+        def work(agent: Agent) -> HostResult:
+            body = {"reqid": reqid}
+            return self.client.call(agent, reqid, "POST", "/ping", body, judge_ping, then=then)
+
+        return self._each(agents, "ping", work)
 
     def discover(self, agents: list, reqid: str) -> Iterator[HostResult]:
         """Ask every agent what it offers, and keep its tags in the registry."""
 
         def work(agent: Agent) -> HostResult:
-            return self._client.call(agent, reqid, "GET", "/capabilities", None, judge_capabilities)
+            return self.client.call(agent, reqid, "GET", "/capabilities", None, judge_capabilities)
 
         for result in self._each(agents, "discovery", work):
             tags = result.answer.get("tags")
@@ -7866,14 +8200,9 @@ class Dispatcher:
             yield result
 
     def _keep_tags(self, name: str, tags: dict) -> None:
-        directory = self._config.registry_dir
-        agent = find_agent(directory, name)
-        if agent is None or agent.tags == tags:
-            return
-        with registry_lock(directory):
-            agent = find_agent(directory, name)
-            if agent is not None:
-                save_agent(directory, agent._replace(tags=tags))
+        agent = find_agent(self._config.registry_dir, name)
+        if agent is not None and agent.tags != tags:
+            update_agent(self._config.registry_dir, name, lambda agent: agent._replace(tags=tags))
 
     # --- runs ----------------------------------------------------------------------------------------------
 
@@ -7929,12 +8258,12 @@ class Dispatcher:
         pause = 0.5
         for attempt in range(request.retries + 1):
             if request.mode == "stream":
-                result = self._client.follow(agent, request.reqid, ("POST", "/run", body), show)
+                result = self.client.follow(agent, request.reqid, ("POST", "/run", body), show)
             else:
                 deadline = Deadline(self._config.read_timeout)
-                result = self._client.call(agent, request.reqid, "POST", "/run", body, judge_run)
+                result = self.client.call(agent, request.reqid, "POST", "/run", body, judge_run)
                 if result.state == "unknown":
-                    result = self._client.recover(agent, request, result, deadline)
+                    result = self.client.recover(agent, request, result, deadline)
             if result.state not in ("unreachable", "busy") or attempt == request.retries:
                 break
             time.sleep(pause)
@@ -7969,7 +8298,7 @@ class Dispatcher:
             unreachable = Deadline(self._config.read_timeout)
             pause = 0.5
             while True:
-                result = self._client.fetch(agent, record.reqid, min(LONG_POLL, deadline.left()))
+                result = self.client.fetch(agent, record.reqid, min(LONG_POLL, deadline.left()))
                 if result.state == "running":
                     unreachable, pause = Deadline(self._config.read_timeout), 0.5
                     if deadline.is_over():
@@ -8007,7 +8336,7 @@ class Dispatcher:
         def work(agent: Agent) -> HostResult:
             query = "from=now" if from_now else "from=start"
             first = ("GET", "/follow/%s?%s" % (record.reqid, query), None)
-            return _explain(self._client.follow(agent, record.reqid, first, show, from_now))
+            return _explain(self.client.follow(agent, record.reqid, first, show, from_now))
 
         raise_descriptor_limit()
         yield from others
@@ -8030,7 +8359,7 @@ class Dispatcher:
         seconds = self._config.read_timeout + 3 * KILL_GRACE_SECONDS
 
         def work(agent: Agent) -> HostResult:
-            return self._client.call(agent, record.reqid, "POST", "/cancel", body, judge_cancel, seconds)
+            return self.client.call(agent, record.reqid, "POST", "/cancel", body, judge_cancel, seconds)
 
         yield from others
         yield from self._each(agents, "cancel", work) if agents else ()
@@ -8043,8 +8372,7 @@ def unpair_agent(config: Config, name: str) -> Agent:
     """Refuse an agent from now on: its certificate is revoked here, and its entry removed."""
     with registry_lock(config.registry_dir):
         agent = get_agent(config.registry_dir, name)
-        if agent.serial:
-            add_revoked(config.revoked_serials, [parse_serial(agent.serial)], "unpaired: %s" % name)
+        add_revoked(config.revoked_serials, list_serials(agent), "unpaired: %s" % name)
         remove_agent(config.registry_dir, name)
     LOG.event("unpair", NAME=name, SERIAL=agent.serial)
     return agent
@@ -8085,12 +8413,35 @@ def edit_agent(config: Config, name: str, edit: AgentEdit) -> Agent:
 # --- checks of the control host -------------------------------------------------------------------------
 
 
-def count_days_left(expiry: str) -> Optional[int]:
-    """Whole days until an ISO 8601 time, or None when it cannot be read."""
+def _measure_skew(result: HostResult) -> Optional[float]:
+    """Seconds that a host's clock is ahead of ours, as far as its answer's time of arrival tells; None for a
+    release that does not say."""
     try:
-        return int((parse_iso_time(expiry) - now()) // 86400)
+        skew = parse_iso_time(str(result.answer.get("time"))) - now()
     except ValueError:
         return None
+    return 0.0 if abs(skew) <= 1 + result.rtt else skew
+
+
+def check_hosts(dispatcher: Dispatcher, agents: list) -> list:
+    """Whether each host answers and its clock agrees with ours, one Finding each."""
+    findings = []
+    for result in dispatcher.ping(agents, new_id()) if agents else ():
+        skew = _measure_skew(result)
+        if result.state != "ok":
+            findings.append(
+                Finding("WARN", "%s: %s" % (result.host, result.error or result.state), result.hint)
+            )
+        elif skew is None:
+            what = "%s answers (an older agent: it does not tell the time)" % result.host
+            findings.append(Finding("WARN", what, "install this release there, and pair it again"))
+        elif abs(skew) > MAX_SKEW:
+            words = (result.host, abs(skew), "ahead of" if skew > 0 else "behind")
+            what = "%s: its clock is %d s %s this one" % words
+            findings.append(Finding("WARN", what, "set one of them: certificates are judged by the clock"))
+        else:
+            findings.append(Finding("OK", "%s answers, and its clock agrees" % result.host))
+    return sorted(findings, key=lambda finding: finding.what)
 
 
 def _check_registered(agent: Agent, revoked: frozenset) -> Iterator[Finding]:
@@ -8116,7 +8467,7 @@ def check_dispatcher(config: Config) -> list:
     openssl, identity = OpenSSL(), dispatcher_identity(config)
     ca = try_check(findings, "CA certificate %s" % config.ca, lambda: openssl.read_certificate(config.ca))
     if ca is not None:
-        findings.append(check_expiry(config.ca, ca))
+        findings += [check_expiry(config.ca, ca), *check_ca_form(config.ca)]
         if os.path.exists(ca_key_path(config.ca)):
             try_check(
                 findings, "CA key %s" % ca_key_path(config.ca), lambda: check_key_mode(ca_key_path(config.ca))
@@ -8126,6 +8477,8 @@ def check_dispatcher(config: Config) -> list:
     own = try_check(
         findings, "identity %s" % identity.cert, lambda: check_identity(openssl, identity, "sslclient")
     )
+    files = (config.path, config.ca, config.cert, config.revoked_serials, config.registry_dir)
+    findings += check_files(files)
     if own is not None:
         findings.append(check_expiry(identity.cert, own))
     revoked = try_check(findings, "revocation list", lambda: load_revoked(config.revoked_serials))
@@ -8144,11 +8497,572 @@ def check_dispatcher(config: Config) -> list:
 
 
 # ======================================================================================================
+# 21. UPKEEP
+# Owns:  trust that looks after itself: agents' certificates are renewed, the dispatcher's is rotated, the CA
+#        is replaced, revoked dispatchers are made known; and who has heard of what.
+# Uses:  HEAD, ERRORS, GROUND, SETTINGS, OPENSSL, TRUST, CLIENT, REGISTRY, PAIRING, DISPATCH
+# On disk: rotation.json, upkeep.lock; the dispatcher's .next and .former-SERIAL certificates and keys
+#
+#   The dispatcher's certificate changes in steps, each of which a call that was killed can go on from:
+#
+#   .next is made ──→ announced, with the present one ──→ in use; the present one becomes .former-SERIAL,
+#   which introduces us to hosts that were away ──(overlap)──→ trusted no more by each host, then removed
+# ======================================================================================================
+
+RENEWAL_PAUSE = 3600  # seconds between two attempts of `ping` to renew the same certificate
+
+
+class Rotation(NamedTuple):
+    """What is remembered of certificates that come and go; which one is used, the files themselves say."""
+
+    former: dict  # serial of ours that was replaced: {"since": ISO 8601, "gone": hosts that trust it no more}
+    revoked: dict  # serial of a dispatcher's: {"since": ISO 8601, "told": hosts that refuse it}
+    checked: str = ""  # when `maintain` was last through
+    extra: dict = {}  # fields of other releases, kept as they are
+
+
+_NAMES = {"former": "gone", "revoked": "told"}  # the tables, and what each calls its list of hosts
+
+
+def rotation_path(config: Config) -> str:
+    return config.default_path(VAR + "/rotation.json")
+
+
+def _read_entries(values: dict, key: str, names: str, path: str) -> dict:
+    """One of the two tables of rotation.json. Raises StorageError."""
+    entries = values.get(key, {})
+    try:
+        return {
+            parse_serial(serial): {"since": str(entry["since"]), names: [str(name) for name in entry[names]]}
+            for serial, entry in entries.items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise StorageError("%s: `%s` cannot be used" % (path, key), "mend or remove it") from error
+
+
+def load_rotation(path: str) -> Rotation:
+    """What rotation.json says. Raises StorageError."""
+    try:
+        values = read_json_file(path)
+    except FileNotFoundError:
+        return Rotation({}, {})
+    tables = [_read_entries(values, table, names, path) for table, names in _NAMES.items()]
+    extra = {key: value for key, value in values.items() if key not in Rotation._fields}
+    return Rotation(*tables, str(values.get("checked", "")), extra)
+
+
+def edit_rotation(path: str, edit: Callable) -> Rotation:
+    """Write what `edit(rotation)` makes of rotation.json, and return it. Raises StorageError."""
+    make_directory(os.path.dirname(path), 0o755)
+    with FileLock(path + ".lock"):
+        rotation = edit(load_rotation(path))
+        values = {key: value for key, value in rotation._asdict().items() if key != "extra"}
+        write_atomic(path, encode_state(dict(rotation.extra, **values)), mode=0o640, durable=True)
+    return rotation
+
+
+def _quote_error(status: int, answer: dict) -> str:
+    return one_line(str(answer.get("error", "it answered %d" % status))[:300])
+
+
+class _Visit(NamedTuple):
+    """One agent, over a connection that is open."""
+
+    agent: Agent
+    connection: Connection
+    reqid: str
+    seconds: float
+
+    def ask(self, path: str, **body: str) -> tuple:
+        """One more request: (status, answer). Raises TransportError."""
+        body["reqid"] = self.reqid
+        return self.connection.request("POST", path, body, Deadline(self.seconds), keep=True)
+
+    def rotate(self, action: str, serial: str) -> bool:
+        """Have the agent trust a serial, trust it no more, or revoke it; whether it has."""
+        status, answer = self.ask("/rotate-serial", action=action, serial=serial)
+        if status == 400 and action == "revoke":  # its release knows only the first two
+            status, answer = self.ask("/rotate-serial", action="remove", serial=serial)
+        if status != 200:
+            error = _quote_error(status, answer)
+            LOG.event("rotate", HOST=self.agent.name, SERIAL=serial, CHANGE=action, ERROR=error)
+        return status == 200
+
+
+class Caretaker:
+    """Looks after trust on one host, whenever there is a connection to it."""
+
+    def __init__(self, config: Config, eager: bool = False) -> None:
+        """`eager`: do what is due now, even if it was tried a moment ago. Raises TrustError, StorageError."""
+        self._config = config
+        self._eager = eager
+        self._openssl = OpenSSL()
+        self._guard = threading.Lock()
+        self._heard: list = []  # (table of Rotation, serial, host) that is not in rotation.json yet
+        self.load()
+
+    def load(self) -> None:
+        """See which certificates there are."""
+        cert, ca = self._config.cert, self._config.ca
+        self.serial = read_serial(cert)
+        self.next_serial = read_serial(next_path(cert)) if os.path.exists(next_path(cert)) else ""
+        self.rotation = load_rotation(rotation_path(self._config))
+        self.cas = name_cas(load_cas(ca))  # that every host should believe
+        self.handover = load_handover(ca)
+        self.signer = next_path(ca) if self.handover else ca  # of agents' certificates
+        self.issuer = name_cas(split_pem(read_certificate_file(self.signer).decode("ascii", "replace")))
+
+    def _update(self, visit: _Visit, change: Callable) -> None:
+        update_agent(self._config.registry_dir, visit.agent.name, change)
+
+    def tend(self, agent: Agent, connection: Connection, is_current: bool) -> Optional[Finding]:
+        """Do what is due on a host over a connection to it, and say what was done. Fits `HostClient.call`."""
+        visit = _Visit(agent, connection, new_id(), self._config.read_timeout)
+        try:
+            self._confirm(visit, is_current)
+            finding = self._renew(visit)
+            if is_current and connection.is_kept:
+                self._spread(visit)
+            return finding
+        except CtrlExecError as error:
+            LOG.event("renew", HOST=agent.name, REQID=visit.reqid, ERROR=error.message)
+            return Finding("FAIL", error.message, error.hint)
+
+    def _confirm(self, visit: _Visit, is_current: bool) -> None:
+        """Note which certificates the two of us have proved to each other, if the registry says otherwise."""
+        agent, cert = visit.agent, visit.connection.peer_cert()
+        if agent.serial != cert.serial or not agent.expiry:
+            shown = CertInfo(cert.serial, cert.common_name, cert.names, cert.not_before, cert.not_after)
+            issuer = agent.issued.get(cert.serial, ("", ""))[1]
+            self._update(visit, lambda known: with_certificate(known, shown, issuer))
+        trusted = agent.dispatcher_serial if agent.serial_status == "current" else ""
+        if is_current and trusted not in (self.serial, self.next_serial or self.serial):
+            self._update(visit, lambda known: with_trust(known, self.serial))
+
+    # --- its certificate, and the CAs that it believes ---------------------------------------------------
+
+    def _renew(self, visit: _Visit) -> Optional[Finding]:
+        """Renew a host's certificate and tell it of the CAs, where that is due."""
+        agent = visit.agent
+        reason = self._renewal_reason(visit)
+        has_news = agent.cas != self.cas and bool(self.handover or agent.cas) and visit.connection.is_kept
+        if not (reason or has_news) or (self._was_tried(agent) and not self._eager):
+            return None
+        if reason and not os.access(ca_key_path(self.signer), os.R_OK):
+            return Finding("WARN", "renewal is due (%s), and the CA's key is not here" % reason)
+        self._update(visit, lambda known: known._replace(renewal_tried=iso_time(now())))
+        certificate = self._make_certificate(visit) if reason else ""
+        if reason and not certificate:
+            until = iso_time(visit.connection.peer_cert().not_after)[:10]
+            return Finding("WARN", "it runs an older agent: pair it again before %s" % until)
+        return self._deliver(visit, certificate)
+
+    def _renewal_reason(self, visit: _Visit) -> str:
+        cert = visit.connection.peer_cert()
+        if self.handover and visit.agent.issuer != self.issuer:
+            return "the CA is replaced"
+        return "past half its life" if now() > (cert.not_before + cert.not_after) / 2 else ""
+
+    def _was_tried(self, agent: Agent) -> bool:
+        try:
+            return 0 <= now() - parse_iso_time(agent.renewal_tried) < RENEWAL_PAUSE
+        except ValueError:  # never
+            return False
+
+    def _make_certificate(self, visit: _Visit) -> str:
+        """A certificate for the key that the agent has just proved to hold and the name that it is registered
+        for; nothing when its release cannot renew. Raises TrustError."""
+        status, answer = visit.ask("/renew") if visit.connection.is_kept else (404, {})
+        if status in (404, 405):
+            return ""
+        csr = answer.get("csr")
+        if status != 200 or type(csr) is not str:
+            raise TrustError("it gave no certificate request: %s" % _quote_error(status, answer))
+        self._openssl.check_request(csr)
+        if self._openssl.request_key(csr) != self._openssl.public_key(visit.connection.peer_pem()):
+            raise TrustError("its certificate request is for another key than it holds")
+        name, days = visit.agent.cert_name, self._config.cert_days
+        pem = self._openssl.sign(csr, name, "agent", days, self.signer, ca_key_path(self.signer))
+        info = self._openssl.parse_certificate(pem.encode("ascii"))
+        # before it leaves: whatever becomes of the answer, `unpair` refuses all that the host may hold
+        self._update(visit, lambda known: with_issued(known, info, self.issuer))
+        return pem
+
+    def _deliver(self, visit: _Visit, certificate: str) -> Finding:
+        """Send a new certificate, the CAs to believe, or both. Raises TrustError."""
+        body = dict(self.handover)
+        if visit.agent.cas not in ("", self.cas):
+            body.setdefault("ca", "".join(load_cas(self._config.ca)))
+        if certificate:
+            body["cert"] = certificate
+        status, answer = visit.ask("/renew-complete", **body)
+        if status != 200:
+            raise TrustError("it refused the renewal: %s" % _quote_error(status, answer))
+        if "ca" in body:
+            self._update(visit, lambda known: known._replace(cas=self.cas, renewal_tried=""))
+        if not certificate:
+            return Finding(
+                "OK", "it has heard of the CA's successor" if self.handover else "it has the new CA"
+            )
+        info = self._openssl.parse_certificate(certificate.encode("ascii"))
+        self._update(visit, lambda known: with_certificate(known, info, self.issuer))
+        LOG.event("renew-complete", HOST=visit.agent.name, REQID=visit.reqid, SERIAL=info.serial)
+        return Finding("OK", "its certificate is renewed until %s" % iso_time(info.not_after)[:10])
+
+    # --- what it is to know of dispatchers ---------------------------------------------------------------
+
+    def _spread(self, visit: _Visit) -> None:
+        """Tell a host of our certificates that come and go, and of dispatchers that are revoked."""
+        name = visit.agent.name
+        if self.next_serial and visit.agent.dispatcher_serial != self.next_serial:
+            if visit.rotate("add", self.next_serial):
+                self._update(visit, lambda known: with_trust(known, self.next_serial))
+        for serial, entry in self.rotation.former.items():
+            if self.is_overlap_over(entry) and name not in entry["gone"] and visit.rotate("remove", serial):
+                self._hear("former", serial, name)
+        for serial, entry in self.rotation.revoked.items():
+            if name not in entry["told"] and visit.rotate("revoke", serial):
+                self._hear("revoked", serial, name)
+
+    def is_overlap_over(self, entry: dict) -> bool:
+        """Whether a former certificate need not be trusted any more."""
+        try:
+            return now() > parse_iso_time(entry["since"]) + self._config.cert_overlap_days * 86400
+        except ValueError:
+            return True
+
+    def _hear(self, table: str, serial: str, name: str) -> None:
+        with self._guard:
+            self._heard.append((table, serial, name))
+
+    def note_heard(self) -> None:
+        """Write down what hosts have confirmed. Raises StorageError."""
+        heard, self._heard = self._heard, []
+
+        def edit(rotation: Rotation) -> Rotation:
+            for table, serial, name in heard:
+                names = getattr(rotation, table).get(serial, {}).get(_NAMES[table], [])
+                names[:] = sorted({*names, name})
+            return rotation
+
+        if heard:
+            self.rotation = edit_rotation(rotation_path(self._config), edit)
+
+
+def _serial_status(agent: Agent, serials: tuple) -> str:
+    """What an agent's record says about our certificates, as it is true now."""
+    if not agent.dispatcher_serial:
+        return "unknown"
+    if agent.dispatcher_serial in serials:
+        return "current"
+    return "stale" if agent.serial_status == "stale" else "pending"
+
+
+class Upkeep:
+    """Looks after the dispatcher's own certificate, the CA and revocations, on all hosts."""
+
+    def __init__(self, config: Config, dispatcher: Dispatcher) -> None:
+        """Raises TrustError, StorageError."""
+        self._config = config
+        self._dispatcher = dispatcher
+        self._caretaker = Caretaker(config, eager=True)
+        self._openssl = OpenSSL()
+        self._identity = dispatcher_identity(config)
+
+    def _agents(self) -> list:
+        return load_agents(self._config.registry_dir)[0]
+
+    def _edit(self, edit: Callable) -> None:
+        edit_rotation(rotation_path(self._config), edit)
+        self._caretaker.load()
+
+    def _alone(self) -> FileLock:
+        """Held by whoever changes the dispatcher's certificate or the CA. Raises Unavailable."""
+        path = self._config.default_path(VAR + "/upkeep.lock")
+        make_directory(os.path.dirname(path), 0o755)
+        lock = FileLock(path, mode=0o600)
+        if not lock.acquire():
+            raise Unavailable("another ced looks after certificates now", "try again when it has ended")
+        return lock
+
+    def _visit_all(self) -> list:
+        """Tend every host that can be reached; what is worth telling."""
+        agents, problems = load_agents(self._config.registry_dir)
+        findings = [Finding("FAIL", problem, "mend it, or pair the host again") for problem in problems]
+        visits = self._dispatcher.ping(agents, new_id(), self._caretaker.tend) if agents else ()
+        for result in visits:
+            note = result.note
+            if result.state != "ok":
+                note = Finding("WARN", result.error or result.state, result.hint)
+            if note is not None:
+                findings.append(note._replace(what="%s: %s" % (result.host, note.what)))
+        self._caretaker.note_heard()
+        return sorted(findings, key=lambda finding: finding.what)
+
+    # --- the dispatcher's certificate --------------------------------------------------------------------
+
+    def rotate(self) -> list:
+        """Replace the dispatcher's certificate and key; one Finding for each thing to tell."""
+        lock = self._alone()
+        try:
+            self._settle()
+            self._prepare()
+            return self._visit_all() + self._change_over()
+        finally:
+            lock.release()
+
+    def _settle(self) -> None:
+        """Finish what an interrupted call has left."""
+        settle_next(self._openssl, self._identity.cert, self._identity.key)
+        self._caretaker.load()
+        kept = {read_serial(former.cert) for former in find_former(self._identity)}
+        missing = kept - {self._caretaker.serial} - set(self._caretaker.rotation.former)
+        if missing:
+            self._remember_former(missing)
+
+    def _remember_former(self, serials: Iterable) -> None:
+        since = iso_time(now())
+        entries = {serial: {"since": since, "gone": []} for serial in serials}
+        self._edit(lambda rotation: rotation._replace(former={**entries, **rotation.former}))
+
+    def _prepare(self) -> None:
+        """Make the next key and certificate, which nobody uses yet; or go on with what there is."""
+        cert, key = next_path(self._identity.cert), next_path(self._identity.key)
+        new_key_file(self._openssl, key, self._config.key_type)
+        own = os.stat(self._identity.key)
+        os.chown(key, own.st_uid, own.st_gid)  # whoever may read the present key may read the next
+        os.chmod(key, stat.S_IMODE(own.st_mode))
+        if not os.path.exists(cert):
+            is_known = all(agent.cas == self._caretaker.cas for agent in self._agents())
+            signer = self._caretaker.signer if is_known else self._config.ca
+            name, days = self._config.dispatcher_id, self._config.cert_days
+            request = self._openssl.new_request(key, name)
+            pem = self._openssl.sign(request, name, "dispatcher", days, signer, ca_key_path(signer))
+            write_atomic(cert, pem.encode("ascii"), mode=0o644, durable=True)
+        self._caretaker.load()
+
+    def _change_over(self) -> list:
+        """Use the next certificate, if a host has heard of it; the former stays for those that have not."""
+        former, serial = self._caretaker.serial, self._caretaker.next_serial
+        agents = self._agents()
+        untold = [agent.name for agent in agents if agent.dispatcher_serial != serial]
+        if agents and len(untold) == len(agents):
+            what = "no host could be told of the new certificate: the present one stays in use"
+            return [Finding("FAIL", what, "when hosts answer: ced rotate-cert")]
+        kept = former_identity(self._identity, former)
+        own = os.stat(self._identity.key)
+        owner = Owner(own.st_uid, own.st_gid)
+        write_atomic(kept.key, read_file(self._identity.key), stat.S_IMODE(own.st_mode), True, owner)
+        write_atomic(kept.cert, read_certificate_file(self._identity.cert), mode=0o644, durable=True)
+        self._remember_former([former])
+        put_next(self._identity.cert, self._identity.key)
+        LOG.event("rotate", SERIAL=serial, FORMER=former, HOSTS=len(agents), UNTOLD=len(untold))
+        self._dispatcher.client.load()
+        self._caretaker.load()
+        until = iso_time(self._openssl.read_certificate(self._identity.cert).not_after)[:10]
+        words = (serial, until, former, self._config.cert_overlap_days)
+        findings = [Finding("OK", "certificate %s is in use until %s; %s stays trusted for %d days" % words)]
+        for name in untold:
+            self._mark(name, "pending")
+            findings.append(
+                Finding("WARN", "%s: it has not heard of it, and will at the next contact" % name)
+            )
+        return findings
+
+    def _mark(self, name: str, status: str) -> None:
+        update_agent(self._config.registry_dir, name, lambda agent: agent._replace(serial_status=status))
+
+    def _retire_former(self) -> list:
+        """After the overlap: drop a former certificate that no host trusts any more; name those that do."""
+        findings = []
+        for serial, entry in sorted(self._caretaker.rotation.former.items()):
+            if self._caretaker.is_overlap_over(entry):
+                findings += self._retire_one(serial, set(entry["gone"]))
+        return findings
+
+    def _retire_one(self, serial: str, gone: set) -> list:
+        kept = former_identity(self._identity, serial)
+        ends = self._openssl.read_certificate(kept.cert).not_after if os.path.exists(kept.cert) else 0.0
+        findings = []
+        waiting = [agent for agent in self._agents() if agent.name not in gone]
+        stale = [agent for agent in waiting if agent.dispatcher_serial != self._caretaker.serial]
+        for agent in stale:
+            if agent.serial_status != "stale":
+                LOG.event("serial-stale", HOST=agent.name, SERIAL=serial)
+                self._mark(agent.name, "stale")
+            if now() < ends:
+                words = (agent.name, self._caretaker.serial, iso_time(ends)[:10])
+                what = "%s: stale: it has not heard of certificate %s; it can be told until %s" % words
+                findings.append(Finding("WARN", what, "see that it can be reached"))
+            else:
+                what = "%s: stale: it trusts no certificate of ours that is still valid" % agent.name
+                findings.append(Finding("FAIL", what, "pair it again, and approve it with --replace"))
+        if waiting and now() < ends:
+            return findings
+        for path in (kept.cert, kept.key):
+            if os.path.exists(path):
+                os.unlink(path)
+        self._edit(
+            lambda known: known._replace(former={one: e for one, e in known.former.items() if one != serial})
+        )
+        LOG.event("serial-retire", SERIAL=serial)
+        return [*findings, Finding("OK", "certificate %s is retired" % serial)]
+
+    # --- the CA and revocations ----------------------------------------------------------------------------
+
+    def _own_issuer(self) -> str:
+        return find_issuer(self._openssl, self._config.ca, read_certificate_file(self._identity.cert))
+
+    def _dependents(self) -> list:
+        """Who still needs the CA that is being replaced, in words."""
+        care = self._caretaker
+        found = [
+            "%s (%s)" % (agent.name, "has not heard of it" if agent.cas != care.cas else "its certificate")
+            for agent in self._agents()
+            if agent.cas != care.cas or agent.issuer != care.issuer
+        ]
+        if self._own_issuer() == self._config.ca:
+            found.append("this dispatcher (its certificate)")
+        else:
+            untold = [agent.name for agent in self._agents() if agent.dispatcher_serial != care.serial]
+            found += ["%s (trusts only our former certificate)" % name for name in untold]
+        return found
+
+    def _report_successor(self) -> list:
+        if not self._caretaker.handover:
+            return []
+        found = self._dependents()
+        if not found:
+            return [Finding("WARN", "nobody depends on the CA that is being replaced", "ced retire-ca")]
+        return [Finding("WARN", "the CA is being replaced; still depend on it: %s" % ", ".join(found))]
+
+    def retire_ca(self) -> list:
+        """Put the CA's successor in its place, if nobody depends on the CA any more. Raises TrustError."""
+        ca = self._config.ca
+        lock = self._alone()
+        try:
+            if os.path.exists(next_path(ca)):
+                found = self._dependents()
+                if found:
+                    what = "the CA cannot be retired; these depend on it: %s" % ", ".join(found)
+                    raise TrustError(what, "ced maintain moves them; ced unpair NAME gives one up")
+            elif not any(os.path.exists(path) for path in (next_path(ca_key_path(ca)), endorsement_path(ca))):
+                raise TrustError("%s has no successor" % ca, "first: ced setup-ca --next")
+            kept = retire_ca(self._openssl, ca)
+            LOG.event("rotate", CA=read_serial(ca), FORMER=os.path.basename(kept))
+            self._dispatcher.client.load()
+            self._caretaker.load()
+            hint = "destroy its key: %s" % ca_key_path(kept)
+            return [Finding("OK", "the CA is replaced; the former one is %s (%s)" % (kept, hint))] + (
+                self._visit_all()
+            )
+        finally:
+            lock.release()
+
+    def revoke_dispatcher(self, serial: str) -> list:
+        """Have every host refuse a dispatcher's certificate, and report which do. Raises TrustError."""
+        if serial in (self._caretaker.serial, self._caretaker.next_serial):
+            raise TrustError("%s is the certificate in use here" % serial, "first: ced rotate-cert")
+        entry = {"since": iso_time(now()), "told": []}
+        self._edit(lambda rotation: rotation._replace(revoked={serial: entry, **rotation.revoked}))
+        LOG.event("rotate", SERIAL=serial, CHANGE="revoke")
+        findings = self._visit_all()
+        told = self._caretaker.rotation.revoked[serial]["told"]
+        findings += [Finding("OK", "%s: it refuses %s" % (name, serial)) for name in told]
+        return findings + self._report_revoked()
+
+    def _report_revoked(self) -> list:
+        findings = []
+        for serial, entry in sorted(self._caretaker.rotation.revoked.items()):
+            left = [agent.name for agent in self._agents() if agent.name not in entry["told"]]
+            if left:
+                what = "dispatcher serial %s is not refused yet by %s" % (serial, ", ".join(left))
+                findings.append(Finding("WARN", what, "ced maintain tells them when they answer"))
+        return findings
+
+    # --- all of it, and a look at it -----------------------------------------------------------------------
+
+    def _is_rotation_due(self) -> bool:
+        """Whether the certificate ends soon, was being replaced, or is of a CA that hosts can do without."""
+        info = self._openssl.read_certificate(self._identity.cert)
+        if self._caretaker.next_serial or info.not_after - now() < self._config.cert_renewal_days * 86400:
+            return True
+        if not self._caretaker.handover or any(agent.cas != self._caretaker.cas for agent in self._agents()):
+            return False
+        return self._own_issuer() == self._config.ca
+
+    def is_due(self) -> bool:
+        """Whether `maintain` was last through longer ago than `cert_check_interval`."""
+        try:
+            checked = parse_iso_time(self._caretaker.rotation.checked)
+        except ValueError:
+            return True
+        return not 0 <= now() - checked < self._config.cert_check_interval
+
+    def maintain(self) -> list:
+        """Do all that is due: one Finding for each thing that was done, or that needs a person."""
+        lock = self._alone()
+        try:
+            self._settle()
+            findings = []
+            if self._is_rotation_due():
+                self._prepare()
+                findings = self._visit_all() + self._change_over()
+            else:
+                findings = self._visit_all()
+            findings += self._retire_former() + self._report_revoked() + self._report_successor()
+            self._edit(lambda rotation: rotation._replace(checked=iso_time(now())))
+        finally:
+            lock.release()
+        levels = [finding.level for finding in findings]
+        LOG.event("cert-check", DONE=levels.count("OK"), WARN=levels.count("WARN"), FAIL=levels.count("FAIL"))
+        return findings
+
+    def status(self) -> dict:
+        """Which certificates of this dispatcher there are, and which of them each host knows."""
+        care = self._caretaker
+        info = self._openssl.read_certificate(self._identity.cert)
+        names = {agent.name for agent in self._agents()}
+        overlap = self._config.cert_overlap_days
+        former = [
+            {"serial": serial, "since": entry["since"], "overlap_days": overlap,
+             "trusted_by": sorted(names - set(entry["gone"]))}
+            for serial, entry in care.rotation.former.items()
+        ]  # fmt: skip
+        revoked = [
+            {"serial": serial, "since": entry["since"], "not_told": sorted(names - set(entry["told"]))}
+            for serial, entry in care.rotation.revoked.items()
+        ]
+        agents = [
+            {"name": agent.name, "serial": agent.dispatcher_serial, "confirmed": agent.serial_confirmed,
+             "status": _serial_status(agent, (care.serial, care.next_serial))}
+            for agent in self._agents()
+        ]  # fmt: skip
+        body = {"serial": care.serial, "expiry": iso_time(info.not_after), "next": care.next_serial}
+        body.update(former=former, revoked=revoked, agents=agents, checked=care.rotation.checked)
+        return dict(body, ca_dependents=self._dependents() if care.handover else None)
+
+
+def revoke_agent(config: Config, who: str) -> list:
+    """Refuse the certificates of a host, or a single one by its serial, from now on; the serials refused.
+    Raises UsageError, StorageError, TrustError."""
+    agent = find_agent(config.registry_dir, who) if HOST_NAME.fullmatch(who) else None
+    try:
+        serials = list_serials(agent) if agent is not None else [parse_serial(who)]
+    except ValueError:
+        hint = "a name of `ced list-agents`, or a serial"
+        raise UsageError("%s is neither a registered host nor a serial" % one_line(who[:80]), hint) from None
+    add_revoked(config.revoked_serials, serials, "revoked: %s" % who)
+    LOG.event("revoked-cert", NAME=who, SERIALS=",".join(serials))
+    return serials
+
+
+# ======================================================================================================
 # 23. CLI
 # Owns:  verbs and their options as a table; text, tables and JSON; the prompt of pairing mode; the demo.
 #        The only section that prints.
 # Uses:  HEAD, ERRORS, GROUND, SETTINGS, OPENSSL, TRUST, WIRE, POLICY, RECORDS, AGENT, REGISTRY, PAIRING,
-#        HOSTS, DISPATCH
+#        HOSTS, DISPATCH, UPKEEP
 # ======================================================================================================
 
 
@@ -8240,14 +9154,18 @@ def _report_findings(findings: list, as_json: bool) -> int:
 
 
 def cmd_setup_ca(args: Any, config: Config) -> int:
-    name = args.name or "ctrl-exec CA of " + config.dispatcher_id[:40]
+    name = args.name or "ctrl-exec CA of " + config.dispatcher_id[:36]
+    if args.next and not args.name:
+        name += " " + iso_time(now())[:10]
     if not re.fullmatch(r"[A-Za-z0-9 ._-]{1,64}", name):
         raise UsageError("the CA's name is letters, digits, spaces, dots, _ and -, at most 64 of them")
-    info = new_ca(OpenSSL(), config.ca, config.key_type, name)
-    der = read_certificate_der(config.ca)
-    say("CA made: %s, valid until %s" % (config.ca, iso_time(info.not_after)))
-    say("its key: %s (keep it here, and keep a copy in a safe)" % ca_key_path(config.ca))
-    say("fingerprint: %s" % fingerprint(der))
+    make, path = (new_successor, next_path(config.ca)) if args.next else (new_ca, config.ca)
+    info = make(OpenSSL(), config.ca, config.key_type, name)
+    say("CA made: %s, valid until %s" % (path, iso_time(info.not_after)))
+    say("its key: %s (keep it here, and keep a copy in a safe)" % ca_key_path(path))
+    say("fingerprint: %s" % fingerprint(read_certificate_der(path)))
+    if args.next:
+        say("next: `ced maintain` until every host has moved to it, then `ced retire-ca`")
     return 0
 
 
@@ -8318,8 +9236,9 @@ def cmd_edit_agent(args: Any, config: Config) -> int:
 
 def cmd_unpair(args: Any, config: Config) -> int:
     agent = unpair_agent(config, args.name)
-    if agent.serial:
-        say("%s is unpaired; its certificate %s is refused from now on" % (agent.name, agent.serial))
+    if list_serials(agent):
+        words = (agent.name, ", ".join(list_serials(agent)))
+        say("%s is unpaired; its certificate %s is refused from now on" % words)
     else:
         _warn("ced: the registry knows no serial of %s, so its certificate could not be revoked" % agent.name)
     say("it still trusts this dispatcher until its agent is stopped or removed there")
@@ -8327,7 +9246,81 @@ def cmd_unpair(args: Any, config: Config) -> int:
 
 
 def cmd_check(args: Any, config: Config) -> int:
-    return _report_findings(check_dispatcher(config), args.json)
+    findings = check_dispatcher(config)
+    try:
+        findings += check_hosts(Dispatcher(config), load_agents(config.registry_dir)[0])
+    except CtrlExecError:  # a finding says why
+        pass
+    return _report_findings(findings, args.json)
+
+
+# --- dispatcher: certificates, the CA, revocation -------------------------------------------------------
+
+
+def _report_upkeep(args: Any, findings: list) -> int:
+    return _report_findings(findings or [Finding("OK", "nothing is due")], args.json)
+
+
+def cmd_rotate_cert(args: Any, config: Config) -> int:
+    return _report_upkeep(args, Upkeep(config, Dispatcher(config)).rotate())
+
+
+def cmd_maintain(args: Any, config: Config) -> int:
+    upkeep = Upkeep(config, Dispatcher(config))
+    if args.if_due and not upkeep.is_due():
+        return 0
+    return _report_upkeep(args, upkeep.maintain())
+
+
+def cmd_retire_ca(args: Any, config: Config) -> int:
+    return _report_upkeep(args, Upkeep(config, Dispatcher(config)).retire_ca())
+
+
+def cmd_revoke(args: Any, config: Config) -> int:
+    if args.dispatcher:
+        try:
+            serial = parse_serial(args.who)
+        except ValueError as error:
+            raise UsageError(str(error), "`ced serial-status` shows them") from None
+        return _report_upkeep(args, Upkeep(config, Dispatcher(config)).revoke_dispatcher(serial))
+    serials = revoke_agent(config, args.who)
+    if args.json:
+        _say_json({"ok": True, "revoked": serials})
+    else:
+        say("refused from now on: %s" % ", ".join(serials))
+    return 0
+
+
+def cmd_serial_status(args: Any, config: Config) -> int:
+    status = Upkeep(config, Dispatcher(config)).status()
+    agents = status["agents"]
+    behind = [agent["name"] for agent in agents if agent["status"] in ("pending", "stale")]
+    if args.json:
+        _say_json(dict(status, ok=not behind))
+        return int(bool(behind))
+    days, colour = _render_days(status["expiry"])
+    say("in use: %s, %s left" % (status["serial"], _paint(days, colour)))
+    if status["next"]:
+        say("next: %s, announced to hosts; `ced rotate-cert` goes on" % status["next"])
+    for entry in status["former"]:
+        words = (entry["serial"], entry["since"], entry["overlap_days"], len(entry["trusted_by"]))
+        say("former: %s, replaced %s, kept for %d days at least; trusted by up to %d hosts" % words)
+    for entry in status["revoked"]:
+        told = ", ".join(entry["not_told"]) or "nobody"
+        say("revoked: %s, since %s; not told yet: %s" % (entry["serial"], entry["since"], told))
+    if status["ca_dependents"] is not None:
+        say(
+            "the CA is being replaced; still depend on it: %s"
+            % (", ".join(status["ca_dependents"]) or "nobody")
+        )
+    colours = {"current": "green", "pending": "yellow", "stale": "red", "unknown": ""}
+    painted = {(row, 1): colours[agent["status"]] for row, agent in enumerate(agents)}
+    rows = [
+        (agent["name"], agent["status"], agent["serial"] or "-", agent["confirmed"] or "-")
+        for agent in agents
+    ]
+    say(_render_table(("NAME", "STATUS", "TRUSTS", "CONFIRMED"), rows, painted))
+    return int(bool(behind))
 
 
 def cmd_list_locks(args: Any, config: Config) -> int:
@@ -8519,7 +9512,8 @@ def cmd_pairing_mode(args: Any, config: Config) -> int:
     desk, terms, port = open_desk(config, args.allow_legacy)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     LOG.event("pairing-mode-start", PORT=port, LEGACY=args.allow_legacy)
-    say("pairing mode on port %d; CA fingerprint %s" % (port, fingerprint(read_certificate_der(config.ca))))
+    ca = fingerprint(decode_pem(terms.ca, "CERTIFICATE"))
+    say("pairing mode on port %d; CA fingerprint %s" % (port, ca))
     if args.allow_legacy:
         say("warning: older agents are served. Their code is a hash of their request alone, and somebody in")
         say("the middle finds another request with the same code in a second: only on a network you trust.")
@@ -8613,9 +9607,22 @@ def _open_dispatch(options: Any, config: Config, words: list, action: str, **det
     return _Opened(dispatcher, agents, context, bool(problems))
 
 
+def _find_caretaker(config: Config) -> Optional[Caretaker]:
+    """What looks after the hosts that a ping reaches; a spoiled file of its own does not stop the ping."""
+    try:
+        return Caretaker(config)
+    except CtrlExecError as error:
+        _warn("ced: certificates are not looked after: " + error.message)
+        return None
+
+
 def cmd_ping(args: Any, config: Config) -> int:
     dispatcher, agents, context, spoiled = _open_dispatch(args, config, args.hosts, "ping")
-    results = sorted(dispatcher.ping(agents, context.reqid), key=lambda result: result.host)
+    caretaker = _find_caretaker(config)
+    tend = None if caretaker is None else caretaker.tend
+    results = sorted(dispatcher.ping(agents, context.reqid, tend), key=lambda result: result.host)
+    if caretaker is not None:
+        caretaker.note_heard()
     failed = spoiled or any(result.state != "ok" for result in results)
     if args.json:
         shown = []
@@ -8627,9 +9634,11 @@ def cmd_ping(args: Any, config: Config) -> int:
                 "reqid": result.reqid,
             }
             if result.state == "ok":
-                entry.update({key: result.answer[key] for key in ("expiry", "version")})
+                entry.update({key: result.answer.get(key, "") for key in ("expiry", "version")})
             if result.error:
                 entry["error"] = result.error
+            if result.note is not None:
+                entry["note"] = result.note.what
             shown.append(entry)
         _say_json({"ok": True, "reqid": context.reqid, "results": shown})
         return int(failed)
@@ -8638,6 +9647,7 @@ def cmd_ping(args: Any, config: Config) -> int:
         days, colours[(number, 3)] = _render_days(str(result.answer.get("expiry", "")))
         colours[(number, 1)] = "green" if result.state == "ok" else "red"
         detail = result.error + (" (%s)" % result.hint if result.hint else "")
+        detail = detail or (result.note.what if result.note is not None else "")
         rows.append(
             (
                 result.host,
@@ -8648,7 +9658,7 @@ def cmd_ping(args: Any, config: Config) -> int:
                 detail,
             )
         )
-    say(_render_table(("NAME", "STATUS", "RTT", "EXPIRES", "VERSION", "ERROR"), rows, colours))
+    say(_render_table(("NAME", "STATUS", "RTT", "EXPIRES", "VERSION", "REMARKS"), rows, colours))
     return int(failed)
 
 
@@ -8861,9 +9871,11 @@ def cmd_run(args: Any, config: Config) -> int:
     well = all(result.state in ("ok", "accepted") for result in results)
     if args.json:
         entries = [
-            {"host": result.host, "status": result.state, "rtt": _milliseconds(result.rtt)}
-            if mode == "async"
-            else _run_entry(result, script)
+            (
+                {"host": result.host, "status": result.state, "rtt": _milliseconds(result.rtt)}
+                if mode == "async"
+                else _run_entry(result, script)
+            )
             for result in results
         ]
         for entry, result in zip(entries, results):
@@ -9320,6 +10332,7 @@ class Command(NamedTuple):
 COMMANDS = (
     Command("dispatcher", "setup-ca", "make the private CA, once", (
         _option("--name", help="the CA's common name"),
+        _option("--next", action="store_true", help="make the CA that will follow the present one"),
     ), cmd_setup_ca),
     Command("dispatcher", "setup-ctrl-exec", "make the dispatcher's key and certificate", (),
             cmd_setup_ctrl_exec),
@@ -9374,7 +10387,21 @@ COMMANDS = (
         _JSON,
     ), cmd_history),
     Command("dispatcher", "list-locks", "scripts that are being run from here", (_JSON,), cmd_list_locks),
-    Command("dispatcher", "check", "check files, certificates and registry", (_JSON,), cmd_check),
+    Command("dispatcher", "maintain", "renew certificates, tell hosts what they missed", (
+        _option("--if-due", action="store_true", help="only when cert_check_interval has passed"),
+        _JSON,
+    ), cmd_maintain),
+    Command("dispatcher", "rotate-cert", "replace the dispatcher's certificate and key", (_JSON,),
+            cmd_rotate_cert),
+    Command("dispatcher", "serial-status", "which of our certificates each host trusts", (_JSON,),
+            cmd_serial_status),
+    Command("dispatcher", "retire-ca", "put the CA's successor in its place", (_JSON,), cmd_retire_ca),
+    Command("dispatcher", "revoke", "refuse a certificate: revoke NAME|SERIAL", (
+        _option("who", metavar="NAME|SERIAL"),
+        _option("--dispatcher", action="store_true", help="a dispatcher's: every host is told to refuse it"),
+        _JSON,
+    ), cmd_revoke),
+    Command("dispatcher", "check", "check files, certificates, registry and hosts", (_JSON,), cmd_check),
     Command("agent", "serve", "run the agent, in the foreground", (
         _option("--foreground", action="store_true", help="log to standard error"),
     ), cmd_serve),

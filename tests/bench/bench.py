@@ -84,8 +84,8 @@ import os, sys
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
 import ctrl_exec
 plain = ctrl_exec.HostClient.call
-def call(self, agent, reqid, method, path, body, *rest):
-    return plain(self, agent, reqid, method, path, dict(body, reqid=reqid + "-" + agent.name), *rest)
+def call(self, agent, reqid, method, path, body, *rest, **how):
+    return plain(self, agent, reqid, method, path, dict(body, reqid=reqid + "-" + agent.name), *rest, **how)
 ctrl_exec.HostClient.call = call
 status = ctrl_exec.main(sys.argv)
 with open("/proc/self/status") as file:
