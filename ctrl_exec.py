@@ -8036,6 +8036,117 @@ class Dispatcher:
         yield from self._each(agents, "cancel", work) if agents else ()
 
 
+# --- results as JSON --------------------------------------------------------------------------------------
+# The command line and the HTTP API show the same things in the same words.
+
+
+def milliseconds(seconds: float) -> str:
+    return "%dms" % round(seconds * 1000)
+
+
+def render_ping(result: HostResult) -> dict:
+    """One host of a ping."""
+    entry = {"host": result.host, "status": result.state, "rtt": milliseconds(result.rtt)}
+    entry["reqid"] = result.reqid
+    if result.state == "ok":
+        entry.update({key: result.answer[key] for key in ("expiry", "version")})
+    if result.error:
+        entry["error"] = result.error
+    return entry
+
+
+def render_offer(result: HostResult) -> dict:
+    """One host of a discovery."""
+    entry: dict = {"status": result.state, "rtt": milliseconds(result.rtt)}
+    if result.state == "ok":
+        entry.update({key: result.answer.get(key) for key in ("version", "scripts", "tags")})
+    if result.error:
+        entry["error"] = result.error
+    return entry
+
+
+def render_run(result: HostResult, script: str) -> dict:
+    """One host of a run."""
+    answer = result.answer
+    known = is_run_answer(answer)
+    entry = {"host": result.host, "script": script, "exit": answer["exit"] if known else -1}
+    entry.update({stream: answer.get(stream, "") if known else "" for stream in ("stdout", "stderr")})
+    entry.update(rtt=milliseconds(result.rtt), reqid=result.reqid, state=result.state)
+    for key in (
+        "signal",
+        "timed_out",
+        "cancelled",
+        "interrupted",
+        "stdout_truncated",
+        "stderr_truncated",
+        "stdout_base64",
+        "stderr_base64",
+    ):
+        if known and key in answer:
+            entry[key] = answer[key]
+    if result.error:
+        entry["error"] = result.error
+    return entry
+
+
+def render_submission(result: HostResult) -> dict:
+    """One host of an asynchronous run that was just sent."""
+    entry = {"host": result.host, "status": result.state, "rtt": milliseconds(result.rtt)}
+    if result.error:
+        entry["error"] = result.error
+    return entry
+
+
+def render_cancelled(result: HostResult) -> dict:
+    """One host of a cancellation."""
+    entry = {"host": result.host, "status": result.state}
+    keys = ("exit", "signal", "processes_ended", "processes_left", "left")
+    entry.update({key: result.answer[key] for key in keys if key in result.answer})
+    if result.error:
+        entry["error"] = result.error
+    return entry
+
+
+def _is_away(result: HostResult) -> bool:
+    """Whether a host that has the run could not be asked."""
+    return result.state == "unreachable" and result.rtt > 0
+
+
+def render_host_status(result: HostResult) -> dict:
+    """One host of a request's status."""
+    answer = result.answer if is_run_answer(result.answer) else {}
+    status = "done" if answer else result.state
+    entry = {"status": status}
+    entry.update(render_run(result, ""), state=result.state) if answer else {}
+    for key in ("script", "host", "rtt", "reqid"):
+        entry.pop(key, None)
+    if result.error:
+        entry["error"] = result.error
+    return entry
+
+
+def list_pending(results: list) -> list:
+    """The names of the hosts whose last word on a run is not spoken, sorted."""
+    return sorted(result.host for result in results if result.state in OPEN_STATES or _is_away(result))
+
+
+def render_request(record: RequestRecord) -> dict:
+    """A request as it is remembered."""
+    return dict(record._asdict(), hosts={name: outcome._asdict() for name, outcome in record.hosts.items()})
+
+
+def render_error(error: CtrlExecError) -> dict:
+    """A failure."""
+    body = {"ok": False, "error": error.message, "status": error.code}
+    if isinstance(error, Locked):
+        body.update(error="locked", code=4, conflicts=list(error.conflicts))
+    elif isinstance(error, Denied):
+        body["code"] = error.reason_code
+    if error.hint:
+        body["detail"] = error.hint
+    return body
+
+
 # --- changes to the registry ----------------------------------------------------------------------------
 
 
@@ -8215,10 +8326,6 @@ def _render_days(expiry: str) -> tuple:
     if days is None:
         return "-", ""
     return ("expired" if days < 0 else "%dd" % days), ("red" if days < 14 else "yellow" if days < 30 else "")
-
-
-def _milliseconds(seconds: float) -> str:
-    return "%dms" % round(seconds * 1000)
 
 
 def _report_findings(findings: list, as_json: bool) -> int:
@@ -8618,19 +8725,7 @@ def cmd_ping(args: Any, config: Config) -> int:
     results = sorted(dispatcher.ping(agents, context.reqid), key=lambda result: result.host)
     failed = spoiled or any(result.state != "ok" for result in results)
     if args.json:
-        shown = []
-        for result in results:
-            entry = {
-                "host": result.host,
-                "status": result.state,
-                "rtt": _milliseconds(result.rtt),
-                "reqid": result.reqid,
-            }
-            if result.state == "ok":
-                entry.update({key: result.answer[key] for key in ("expiry", "version")})
-            if result.error:
-                entry["error"] = result.error
-            shown.append(entry)
+        shown = [render_ping(result) for result in results]
         _say_json({"ok": True, "reqid": context.reqid, "results": shown})
         return int(failed)
     rows, colours = [], {}
@@ -8642,7 +8737,7 @@ def cmd_ping(args: Any, config: Config) -> int:
             (
                 result.host,
                 result.state,
-                _milliseconds(result.rtt),
+                milliseconds(result.rtt),
                 days,
                 result.answer.get("version", "-"),
                 detail,
@@ -8689,7 +8784,7 @@ def _render_block(result: HostResult, label: str = "") -> bytes:
     answer = result.answer if is_run_answer(result.answer) else {}
     if not label:
         state = _paint("OK", "green") if result.state == "ok" else _paint("FAIL", "red")
-        facts = (state, answer.get("exit", -1), _milliseconds(result.rtt), result.reqid)
+        facts = (state, answer.get("exit", -1), milliseconds(result.rtt), result.reqid)
         label = "%s  exit:%d  %s  req:%s" % facts
     block = ("==> %s  [%s]\n" % (result.host, label)).encode("utf-8", "backslashreplace")
     for note in _render_notes(result):
@@ -8700,34 +8795,10 @@ def _render_block(result: HostResult, label: str = "") -> bytes:
     return block
 
 
-def _run_entry(result: HostResult, script: str) -> dict:
-    """One host of `run --json`."""
-    answer = result.answer
-    known = is_run_answer(answer)
-    entry = {"host": result.host, "script": script, "exit": answer["exit"] if known else -1}
-    entry.update({stream: answer.get(stream, "") if known else "" for stream in ("stdout", "stderr")})
-    entry.update(rtt=_milliseconds(result.rtt), reqid=result.reqid, state=result.state)
-    for key in (
-        "signal",
-        "timed_out",
-        "cancelled",
-        "interrupted",
-        "stdout_truncated",
-        "stderr_truncated",
-        "stdout_base64",
-        "stderr_base64",
-    ):
-        if known and key in answer:
-            entry[key] = answer[key]
-    if result.error:
-        entry["error"] = result.error
-    return entry
-
-
 def _render_submission(result: HostResult) -> str:
     """One host's line of `run --async`."""
     if result.state == "accepted":
-        return "==> %s  [accepted  %s]" % (result.host, _milliseconds(result.rtt))
+        return "==> %s  [accepted  %s]" % (result.host, milliseconds(result.rtt))
     word = "BUSY" if result.state == "busy" else "ERROR"
     return "==> %s  [%s: %s]" % (result.host, word, one_line(result.error))
 
@@ -8861,14 +8932,8 @@ def cmd_run(args: Any, config: Config) -> int:
     well = all(result.state in ("ok", "accepted") for result in results)
     if args.json:
         entries = [
-            {"host": result.host, "status": result.state, "rtt": _milliseconds(result.rtt)}
-            if mode == "async"
-            else _run_entry(result, script)
-            for result in results
+            render_submission(result) if mode == "async" else render_run(result, script) for result in results
         ]
-        for entry, result in zip(entries, results):
-            if result.error:
-                entry["error"] = result.error
         _say_json({"ok": True, "reqid": request.reqid, "results": entries})
     elif mode == "async":
         say("Request %s" % request.reqid)
@@ -8895,32 +8960,14 @@ def _open_request(args: Any, config: Config, action: str) -> tuple:
     return dispatcher, record, context
 
 
-def _is_away(result: HostResult) -> bool:
-    """Whether a host that has the run could not be asked."""
-    return result.state == "unreachable" and result.rtt > 0
-
-
-def _host_status(result: HostResult) -> dict:
-    """One host of `status --json`."""
-    answer = result.answer if is_run_answer(result.answer) else {}
-    status = "done" if answer else result.state
-    entry = {"status": status}
-    entry.update(_run_entry(result, ""), state=result.state) if answer else {}
-    for key in ("script", "host", "rtt", "reqid"):
-        entry.pop(key, None)
-    if result.error:
-        entry["error"] = result.error
-    return entry
-
-
 def _report_request(args: Any, record: RequestRecord, results: list) -> int:
     """Print where a request stands: 0 all well, 1 some failed, 2 some are not known to have ended."""
-    pending = sorted(result.host for result in results if result.state in OPEN_STATES or _is_away(result))
+    pending = list_pending(results)
     failed = any(result.state != "ok" and result.host not in pending for result in results)
     status = 1 if failed and not pending else 2 if pending else 0
     results = sorted(results, key=lambda result: result.host)
     if args.json:
-        hosts = {result.host: _host_status(result) for result in results}
+        hosts = {result.host: render_host_status(result) for result in results}
         body = {"ok": True, "reqid": record.reqid, "script": record.script, "mode": record.mode}
         body.update(started=record.started, complete=not pending, pending=pending, hosts=hosts)
         _say_json(body)
@@ -8956,7 +9003,7 @@ def cmd_follow(args: Any, config: Config) -> int:
             live.end(result.host)
             failed = failed or result.state != "ok"
             if args.json:
-                _say_json(_run_entry(result, record.script))
+                _say_json(render_run(result, record.script))
             else:
                 _write_out(_render_block(result))
     except KeyboardInterrupt:
@@ -8975,12 +9022,7 @@ def cmd_cancel(args: Any, config: Config) -> int:
         well = well and ((result.state in ("cancelled", "done") and nothing_left) or never_ran)
         if not args.json:
             say(_render_cancelled(result))
-        entry = {"host": result.host, "status": result.state}
-        keys = ("exit", "signal", "processes_ended", "processes_left", "left")
-        entry.update({key: result.answer[key] for key in keys if key in result.answer})
-        if result.error:
-            entry["error"] = result.error
-        entries.append(entry)
+        entries.append(render_cancelled(result))
     if args.json:
         _say_json({"ok": True, "reqid": record.reqid, "results": entries})
     return int(not well)
@@ -8992,11 +9034,7 @@ def cmd_history(args: Any, config: Config) -> int:
         _warn("ced: " + problem)
     records = records[: args.last or None]
     if args.json:
-        shown = []
-        for record in records:
-            hosts = {name: outcome._asdict() for name, outcome in record.hosts.items()}
-            shown.append(dict(record._asdict(), hosts=hosts))
-        _say_json({"ok": not problems, "runs": shown})
+        _say_json({"ok": not problems, "runs": [render_request(record) for record in records]})
         return int(bool(problems))
     rows = []
     for record in records:
@@ -9017,14 +9055,7 @@ def cmd_discovery(args: Any, config: Config) -> int:
     results = sorted(dispatcher.discover(agents, context.reqid), key=lambda result: result.host)
     failed = spoiled or any(result.state != "ok" for result in results)
     if args.json:
-        hosts = {}
-        for result in results:
-            entry = {"status": result.state, "rtt": _milliseconds(result.rtt)}
-            if result.state == "ok":
-                entry.update({key: result.answer.get(key) for key in ("version", "scripts", "tags")})
-            if result.error:
-                entry["error"] = result.error
-            hosts[result.host] = entry
+        hosts = {result.host: render_offer(result) for result in results}
         _say_json({"ok": True, "reqid": context.reqid, "hosts": hosts})
         return int(failed)
     rows = []
@@ -9485,17 +9516,6 @@ def parse_command(role: str, program: str, argv: list) -> tuple:
     return _parse_options(known[verb], program, leading + rest)
 
 
-def _render_error(error: CtrlExecError) -> dict:
-    body = {"ok": False, "error": error.message, "status": error.code}
-    if isinstance(error, Locked):
-        body.update(error="locked", code=4, conflicts=list(error.conflicts))
-    elif isinstance(error, Denied):
-        body["code"] = error.reason_code
-    if error.hint:
-        body["detail"] = error.hint
-    return body
-
-
 def run_command(role: str, program: str, argv: list) -> int:
     """Parse, load the configuration, and run one verb; returns its exit status. Raises CtrlExecError."""
     command, args = parse_command(role, program, argv)
@@ -9515,7 +9535,7 @@ def run_command(role: str, program: str, argv: list) -> int:
         return command.handler(args, config)
     except CtrlExecError as error:
         if getattr(args, "json", False):
-            _say_json(_render_error(error))
+            _say_json(render_error(error))
         raise
 
 
