@@ -2567,6 +2567,8 @@ def parse_fields(data: bytes, fields: tuple) -> dict:
             if field.required:
                 raise BadRequest("field `%s` is missing" % field.name, field.name)
             value = field.kind()
+        if field.kind is int and type(value) is float and value.is_integer():
+            value = int(value)  # 60.0 is the same number in JSON
         if type(value) is not field.kind:  # not isinstance: True is an int, and must not pass for one
             raise BadRequest("field `%s` must be %s" % (field.name, _KIND_NAMES[field.kind]), field.name)
         if field.kind is str:
@@ -8526,7 +8528,9 @@ _SCHEMAS = {
     "Document": _object(
         "openapi info paths", openapi=_TEXT, info={"type": "object"}, paths={"type": "object"},
     ),
-    "Events": _TEXT,
+    "Events": _object(  # each of them; `data` is JSON, see README
+        "id event data", id=_TEXT, event={"enum": ["output", "end", "lost", "complete"]}, data=_TEXT,
+    ),
     "Metrics": _TEXT,
 }  # fmt: skip
 
