@@ -1,11 +1,12 @@
 #!/usr/bin/python3 -IS
 """ctrl-exec: run allowlisted scripts on a fleet of hosts over mutual TLS, from one file.
 
-One file, three roles, picked by the name the file is invoked by (make symlinks) or by its first word:
+One file, several roles, picked by the name the file is invoked by (make symlinks) or by its first word:
 
     ced, ctrl-exec    the dispatcher: a command line on the control host that holds a private CA, pairs
                       agents, keeps their registry, and runs a named script on one host or thousands.
     cea               the agent: a daemon on every managed host that runs what its own allowlist names.
+    ctrl-exec-api     the HTTP API: what the dispatcher does, for programs.
     ctrl_exec.py demo a whole deployment in a temporary directory, to look at.
 
 The file reads from the ground up: nothing is used above its definition, and each section opens with
@@ -20,7 +21,7 @@ what it owns and which sections it may use.
      7 WIRE       JSON over HTTP, both ways         19 HOSTS      one request to many hosts
      8 SERVER     listening                         20 DISPATCH   what a command does on them
      9 CLIENT     one request to one host           21 UPKEEP     trust that looks after itself
-    10 POLICY     auth hooks, rate limits           22 API        (the number is kept for it)
+    10 POLICY     auth hooks, rate limits           22 API        the same over HTTP
     11 SCRIPTS    what may run, and as what         23 CLI        verbs, tables, text, JSON, demo
     12 RECORDS    what an agent keeps of a run      24 MAIN       role, signals, exit status
 
@@ -220,10 +221,14 @@ class UnknownHost(NotFound):
 
 
 class MethodNotAllowed(CtrlExecError):
-    """The path exists, but not for this method."""
+    """The path exists, but not for this method. `allowed` are those it exists for."""
 
     http_status = 405
     code = "method"
+
+    def __init__(self, message: str, allowed: tuple = ()) -> None:
+        super().__init__(message)
+        self.allowed = allowed
 
 
 class Busy(CtrlExecError):
@@ -256,6 +261,13 @@ class TooLarge(CtrlExecError):
 
     http_status = 413
     code = "too-large"
+
+
+class UnsupportedMedia(CtrlExecError):
+    """A body that does not say that it is JSON."""
+
+    http_status = 415
+    code = "media-type"
 
 
 class HeadTooLarge(CtrlExecError):
@@ -726,10 +738,7 @@ class FileLock:
         """Take the lock; False when another holds it and `wait` is off. Raises StorageError."""
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         while True:
-            try:
-                descriptor = os.open(self.path, flags, self._mode)
-            except OSError as error:
-                raise StorageError("cannot open the lock %s: %s" % (self.path, error.strerror)) from error
+            descriptor = self._open(flags)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except OSError as error:
@@ -743,6 +752,25 @@ class FileLock:
                 self._descriptor = descriptor
                 return True
             os.close(descriptor)
+
+    def _open(self, flags: int) -> int:
+        """Open the file, and give it its mode whatever the umask: root and a service user share some locks.
+
+        Another may have made it this very moment, and not opened it to us yet: so no is asked again.
+        """
+        for pause in (0.005, 0.02, 0.1, 0):
+            try:
+                descriptor = os.open(self.path, flags, self._mode)
+                break
+            except OSError as error:
+                if error.errno != errno.EACCES or not pause:
+                    message = "cannot open the lock %s: %s" % (self.path, error.strerror)
+                    raise StorageError(message) from error
+                time.sleep(pause)
+        status = os.fstat(descriptor)
+        if status.st_uid == os.geteuid() and self._mode & ~status.st_mode:
+            os.fchmod(descriptor, self._mode)
+        return descriptor
 
     def write(self, text: str) -> None:
         """Say in the file who holds it; for people, never for deciding."""
@@ -1164,27 +1192,25 @@ SETTINGS = (
     Setting("dispatcher", "pairing_timeout", parse_positive, "600", "seconds after which one expires"),
     Setting("dispatcher", "pairing_rate_limit_volume", parse_rate, "10/60/300", "connections per address"),
     Setting("dispatcher", "pairing_rate_limit_disable", parse_yes_no, "no", "no rate limit while pairing"),
-    Setting("dispatcher", "api_port", parse_port, str(API_PORT), "port of the HTTP API (not built yet)"),
+    Setting("dispatcher", "api_port", parse_port, str(API_PORT), "port of the HTTP API"),
+    Setting("dispatcher", "api_bind", parse_addresses, "127.0.0.1", "addresses of the HTTP API"),
     Setting(
-        "dispatcher", "api_bind", parse_addresses, "127.0.0.1", "addresses of the HTTP API (not built yet)"
+        "dispatcher", "api_cert", parse_optional_path, "", "TLS certificate of the HTTP API (empty: no TLS)"
     ),
-    Setting(
-        "dispatcher", "api_cert", parse_optional_path, "", "TLS certificate of the HTTP API (not built yet)"
-    ),
-    Setting("dispatcher", "api_key", parse_optional_path, "", "its private key (not built yet)"),
+    Setting("dispatcher", "api_key", parse_optional_path, "", "its private key"),
     Setting(
         "dispatcher",
         "api_auth_default",
         parse_api_default,
         "deny",
-        "deny or allow, when there is no hook (not built yet)",
+        "what the HTTP API does without a hook: deny or allow",
     ),
     Setting(
         "dispatcher",
         "api_max_connections",
         parse_positive,
         "64",
-        "connections at once (not built yet)",
+        "connections to the HTTP API at once; over that, 503",
         "api_max_children",
     ),
     Setting("agent", "port", parse_port, str(AGENT_PORT), "port to listen on"),
@@ -2365,12 +2391,13 @@ def new_server_context(identity: Identity, verify_clients: bool, group: str = ""
 def new_client_context(identity: Identity) -> ssl.SSLContext:
     """The context of a dispatcher calling agents: shows its certificate, demands one of the CA.
 
-    The name is compared by `is_named`, exactly: check_hostname would take wildcards and IP addresses.
+    The name is compared by `is_named`, exactly: check_hostname would take wildcards and IP addresses. The
+    key may be readable for the group that the HTTP API runs as.
     """
     context = _apply_policy(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
     context.check_hostname = False
     _load_ca(context, identity.ca)
-    _load_identity(context, identity, "")
+    _load_identity(context, identity, DISPATCHER_USER)
     return context
 
 
@@ -2686,7 +2713,7 @@ class Field(NamedTuple):
     kind: type
     required: bool = False
     most: int = MAX_BODY  # characters of a string, entries of a list, or the largest number
-    least: int = 0  # the smallest number
+    least: int = 0  # the smallest number, or the fewest entries
 
 
 _KIND_NAMES = {
@@ -2722,6 +2749,8 @@ def parse_fields(data: bytes, fields: tuple) -> dict:
             if field.required:
                 raise BadRequest("field `%s` is missing" % field.name, field.name)
             value = field.kind()
+        if field.kind is int and type(value) is float and value.is_integer():
+            value = int(value)  # 60.0 is the same number in JSON
         if type(value) is not field.kind:  # not isinstance: True is an int, and must not pass for one
             raise BadRequest("field `%s` must be %s" % (field.name, _KIND_NAMES[field.kind]), field.name)
         if field.kind is str:
@@ -2730,8 +2759,11 @@ def parse_fields(data: bytes, fields: tuple) -> dict:
             limits = (field.name, field.least, field.most)
             raise BadRequest("field `%s` must be from %d to %d" % limits, field.name)
         elif field.kind is list:
-            if len(value) > field.most or not all(type(entry) is str for entry in value):
+            if not all(type(entry) is str for entry in value):
                 raise BadRequest("field `%s` must be %s" % (field.name, _KIND_NAMES[list]), field.name)
+            if not field.least <= len(value) <= field.most:
+                limits = (field.name, field.least, field.most)
+                raise BadRequest("field `%s` must have from %d to %d entries" % limits, field.name)
             for number, entry in enumerate(value):
                 _check_text(entry, field._replace(name="%s[%d]" % (field.name, number), most=MAX_BODY))
         values[field.name] = value
@@ -2841,12 +2873,14 @@ _REASONS = {
 
 
 class Response(NamedTuple):
-    """One HTTP answer. The body is an object, or chunks of JSON text that were never whole in memory."""
+    """One HTTP answer. The body is an object, or chunks of text that were never whole in memory."""
 
     status: int
-    body: Any  # dict, or an iterator of bytes
+    body: Any  # dict, or an iterable of bytes
     close: bool = False
     is_live: bool = False  # each chunk is sent as it comes, and is one or more lines of JSON
+    kind: str = ""  # of the body, when it is something else
+    headers: tuple = ()  # (name, value) pairs besides those that every answer has
 
 
 def write_response(
@@ -2856,10 +2890,11 @@ def write_response(
     chunks = iter([encode_json(response.body)] if isinstance(response.body, dict) else response.body)
     first = b"" if response.is_live else next(chunks, b"")
     second = b"" if response.is_live else next(chunks, None)
-    kind = "application/x-ndjson" if response.is_live else "application/json"
+    kind = response.kind or ("application/x-ndjson" if response.is_live else "application/json")
     lines = [
         "HTTP/%s %d %s" % (version, response.status, _REASONS.get(response.status, "")),
         "Content-Type: " + kind,
+        *("%s: %s" % pair for pair in response.headers),
     ]
     chunked = second is not None and version == "1.1"
     if second is None:
@@ -2977,7 +3012,7 @@ class Route(NamedTuple):
 
 def find_route(routes: tuple, request: Request) -> tuple:
     """The route of a request and its path's argument. Raises NotFound or MethodNotAllowed."""
-    other_method = False
+    others = []
     for route in routes:
         argument = ""
         if route.path.endswith("*"):
@@ -2989,9 +3024,9 @@ def find_route(routes: tuple, request: Request) -> tuple:
             continue
         if request.method == route.method:
             return route, argument
-        other_method = True
-    if other_method:
-        raise MethodNotAllowed("%s is not answered here" % request.method)
+        others.append(route.method)
+    if others:
+        raise MethodNotAllowed("%s is not answered here" % request.method, tuple(others))
     raise NotFound("no such path")
 
 
@@ -3050,6 +3085,7 @@ class ServerPolicy(NamedTuple):
 
     admit: Callable  # (address) to bool: may it connect?
     note: Callable  # (address, failure, reason, sock): nothing came of it; `silent`, or `tls` for a handshake
+    refuse: Optional[Callable] = None  # (address, CtrlExecError) to Response, if it wants its own words
 
 
 def render_refusal(error: CtrlExecError) -> dict:
@@ -3107,6 +3143,11 @@ class Server:
         self._guard = threading.Lock()
         self._draining = False
         self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)  # see _accept_one
+        self._turning_away = threading.BoundedSemaphore(16)  # connections that are told so; others are closed
+
+    def use_context(self, context: ssl.SSLContext) -> None:
+        """Show another certificate, from the next connection on."""
+        self._context = context
 
     # --- accepting ---------------------------------------------------------------------------------------
 
@@ -3159,14 +3200,19 @@ class Server:
             full = len(self._connections) >= self._max_connections and not self._make_room()
             if not full:
                 self._connections[connection] = None
+        work = self._serve_connection
         if full:
-            raw.close()
-            return
+            work = self._turn_away
+            if self._policy.refuse is None or not self._turning_away.acquire(blocking=False):
+                raw.close()
+                return
         try:
-            threading.Thread(target=self._serve_connection, args=(connection,), daemon=True).start()
+            threading.Thread(target=work, args=(connection,), daemon=True).start()
         except RuntimeError:  # can't start new thread
             self._forget(connection)
             raw.close()
+            if full:
+                self._turning_away.release()
 
     def _refuse_without_descriptor(self, listener: socket.socket) -> None:
         """Out of descriptors, accept() would fail at once and for ever, at full speed: give the kernel's
@@ -3220,12 +3266,28 @@ class Server:
             self._forget(connection)
             connection.raw.close()
 
-    def _shake_hands(self, connection: _Connection) -> bool:
+    def _turn_away(self, connection: _Connection) -> None:
+        """Tell somebody for whom there is no room: in his own protocol, but with little patience."""
+        try:
+            if self._context is not None and not self._shake_hands(connection, LINGER_SECONDS):
+                return
+            channel = Channel(connection.raw)
+            channel.read_until(b"\r\n\r\n", MAX_HEAD, Deadline(LINGER_SECONDS))
+            error = Unavailable("%d connections are open; try again later" % self._max_connections)
+            write_response(channel, "1.1", self._policy.refuse(connection.address, error), keep=False)
+            _linger(connection.raw)
+        except (OSError, ValueError, CtrlExecError):
+            pass
+        finally:
+            connection.raw.close()
+            self._turning_away.release()
+
+    def _shake_hands(self, connection: _Connection, seconds: float = HANDSHAKE_SECONDS) -> bool:
         """Put TLS on a connection; False when it failed, which has been noted."""
         raw = connection.raw
         connection.raw = self._context.wrap_socket(raw, server_side=True, do_handshake_on_connect=False)
         try:
-            connection.raw.settimeout(HANDSHAKE_SECONDS)  # for the whole handshake, not for each of its reads
+            connection.raw.settimeout(seconds)  # for the whole handshake, not for each of its reads
             connection.raw.do_handshake()
             return True
         except ssl.SSLError as error:
@@ -3248,7 +3310,10 @@ class Server:
             response = self._handle(peer, request)
         except CtrlExecError as error:
             LOG.event("deny", PEER=peer.address, STATUS=error.http_status, REASON=error.message)
-            response = Response(error.http_status, render_refusal(error))
+            if self._policy.refuse is not None:
+                response = self._policy.refuse(peer.address, error)
+            else:
+                response = Response(error.http_status, render_refusal(error))
         except (OSError, ConnectionError):
             raise
         except Exception as error:
@@ -3257,7 +3322,12 @@ class Server:
         connection.waiting = False
         connection.served += 1
         keep = keep and not response.close
-        write_response(channel, version, response, keep, method == "HEAD")
+        try:
+            write_response(channel, version, response, keep, method == "HEAD")
+        finally:
+            end = getattr(response.body, "close", None)  # of a generator: it may hold something
+            if end is not None:
+                end()
         if not keep:
             connection.waiting = True
             _linger(channel.socket)
@@ -6378,7 +6448,7 @@ def load_agents(directory: str) -> tuple:
 def registry_lock(directory: str) -> FileLock:
     """Held while an agent is added, changed or removed."""
     make_directory(directory, 0o750)
-    return FileLock(os.path.join(directory, ".lock"))
+    return FileLock(os.path.join(directory, ".lock"), mode=0o600)  # the HTTP API reads here, and never writes
 
 
 def save_agent(directory: str, agent: Agent) -> None:
@@ -7436,7 +7506,7 @@ def open_desk(config: Config, allow_legacy: bool) -> tuple:
     group = find_service_owner(DISPATCHER_USER)
     make_directory(config.pairing_dir, 0o770, None if group is None else Owner(0, group.gid))
     terms = build_terms(config, openssl, new_id(), allow_legacy)
-    context = new_server_context(dispatcher_identity(config), verify_clients=False)
+    context = new_server_context(dispatcher_identity(config), verify_clients=False, group=DISPATCHER_USER)
     listeners = open_listeners((), config.pairing_port)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     port = listeners[0].getsockname()[1]
@@ -7895,11 +7965,11 @@ def check_run_request(request: RunRequest) -> None:
 class _Received:
     """What one host has shown of a run, however many connections that took."""
 
-    def __init__(self, host: str, is_run: bool, show: Optional[Callable], from_now: bool) -> None:
+    def __init__(self, host: str, is_run: bool, show: Optional[Callable], begin: tuple) -> None:
         self._host = host
         self._is_run = is_run  # the first request started it
         self._show = show
-        self._offsets = dict.fromkeys(STREAMS, -1 if from_now else 0)
+        self._offsets = dict(zip(STREAMS, begin))  # -1: from now
 
     def where(self) -> str:
         """Where to go on, as a query of /follow."""
@@ -7925,7 +7995,8 @@ class _Received:
         state, error = (judge_run if self._is_run else judge_result)(status, answer)
         for stream in STREAMS:
             if state in ("ok", "failed") and self._show is not None:
-                self._show(self._host, stream, str(answer.get(stream, "")).encode("utf-8", "surrogatepass"))
+                data = str(answer.get(stream, "")).encode("utf-8", "surrogatepass")
+                self._show(self._host, stream, data[max(0, self._offsets[stream]) :])
         return state, error, dict(answer, **dict.fromkeys(STREAMS, ""))
 
     def _take_output(self, event: dict) -> None:
@@ -7947,9 +8018,11 @@ class _Received:
 class HostClient:
     """Speaks with hosts, one call to one host at a time; whatever happens comes back as a result."""
 
-    def __init__(self, config: Config) -> None:
-        """Raises TrustError when the dispatcher's own identity cannot be used."""
+    def __init__(self, config: Config, count: Optional[Callable] = None) -> None:
+        """`count(worked)` is told how each attempt to connect went. Raises TrustError when the dispatcher's
+        own identity cannot be used."""
         self._config = config
+        self._count = count
         self._handshakes = threading.BoundedSemaphore(config.max_parallel)
         self.load()
 
@@ -7960,8 +8033,16 @@ class HostClient:
         self._revoked = load_revoked(self._config.revoked_serials)
 
     def _connect(self, agent: Agent, context: Any) -> Connection:
-        with self._handshakes:
-            return connect_agent(build_target(agent), context, self._revoked, self._config.connect_timeout)
+        connection = None
+        try:
+            with self._handshakes:
+                connection = connect_agent(
+                    build_target(agent), context, self._revoked, self._config.connect_timeout
+                )
+            return connection
+        finally:
+            if self._count is not None:
+                self._count(connection is not None)
 
     def call(
         self, agent: Agent, reqid: str, method: str, path: str, body: Optional[dict], judge: Callable,
@@ -8079,22 +8160,30 @@ class HostClient:
         return lost
 
     def follow(
-        self, agent: Agent, reqid: str, first: tuple, show: Optional[Callable], from_now: bool = False
-    ) -> HostResult:
+        self, agent: Agent, reqid: str, run: Optional[dict], show: Optional[Callable],
+        begin: tuple = (0, 0), check: Optional[Callable] = None,
+    ) -> HostResult:  # fmt: skip
         """Show a run on one host as it writes, over as many connections as that takes, each going on where
-        the last one broke; `first` is the first request: (method, path, body). The result has no output."""
+        the last one broke. `run` is the body that starts it; without one, it runs already, and `begin` says
+        where in its streams to begin (-1: now). The result has no output. `check()` is called at least as
+        often as the host gives a sign of life, to end all this by what it raises: BrokenPipeError."""
         seconds = self._config.read_timeout
-        received = _Received(agent.name, first[0] == "POST", show, from_now)
-        request = first
+        received = _Received(agent.name, run is not None, show, begin)
+        body = run
 
         def exchange(context: Any) -> tuple:
-            nonlocal request
+            nonlocal body
             lost: Optional[TransportError] = None
             deadline = Deadline(seconds)
             while lost is None or not deadline.is_over():
+                method, path = "POST", "/run"
+                if body is None:
+                    method, path = "GET", "/follow/%s?%s" % (reqid, received.where())
                 try:
                     with self._connect(agent, context) as connection:
-                        for status, event in connection.request_lines(*request, Patience(seconds)):
+                        for status, event in connection.request_lines(method, path, body, Patience(seconds)):
+                            if check is not None:
+                                check()
                             _check_known(status, event)
                             ended = received.take(status, event)
                             if ended is not None:
@@ -8102,11 +8191,13 @@ class HostClient:
                             deadline = Deadline(seconds)
                     raise TransportError("%s ended the stream too early" % agent.name, "unknown")
                 except TransportError as problem:
-                    if lost is None and problem.state == "unreachable" and request[0] == "POST":
+                    if lost is None and problem.state == "unreachable" and body is not None:
                         raise  # nothing has been sent
                     lost = lost or problem
+                if check is not None:
+                    check()
                 time.sleep(min(1.0, deadline.left()))
-                request = ("GET", "/follow/%s?%s" % (reqid, received.where()), None)
+                body = None
             raise TransportError(lost.message, "unknown")
 
         return self._judge_safely(agent, reqid, lambda: self._as_known(agent, reqid, exchange))
@@ -8146,10 +8237,10 @@ def _explain(result: HostResult) -> HostResult:
 class Dispatcher:
     """The control host's operations. It keeps nothing between calls but the files that it works on."""
 
-    def __init__(self, config: Config) -> None:
-        """Raises TrustError when the dispatcher's own identity cannot be used."""
+    def __init__(self, config: Config, count: Optional[Callable] = None) -> None:
+        """`count`: see HostClient. Raises TrustError when the dispatcher's own identity cannot be used."""
         self._config = config
-        self.client = HostClient(config)
+        self.client = HostClient(config, count)
         hook = find_hook(
             config.auth_hook,
             config.default_path(ETC + "/auth-hook"),
@@ -8161,6 +8252,9 @@ class Dispatcher:
     def select(self, selection: Selection) -> tuple:
         """The agents meant, and what is wrong with the registry; see `select_agents`."""
         return select_agents(self._config.registry_dir, selection)
+
+    def has_hook(self) -> bool:
+        return self._hook is not None
 
     def authorise(self, context: HookContext) -> None:
         """Ask the hook, if there is one. Raises Denied."""
@@ -8200,9 +8294,11 @@ class Dispatcher:
             yield result
 
     def _keep_tags(self, name: str, tags: dict) -> None:
-        agent = find_agent(self._config.registry_dir, name)
-        if agent is not None and agent.tags != tags:
-            update_agent(self._config.registry_dir, name, lambda agent: agent._replace(tags=tags))
+        directory = self._config.registry_dir
+        agent = find_agent(directory, name)
+        if agent is None or agent.tags == tags or not os.access(directory, os.W_OK):
+            return  # the HTTP API may read the registry only: `ced discovery` keeps the tags
+        update_agent(directory, name, lambda agent: agent._replace(tags=tags))
 
     # --- runs ----------------------------------------------------------------------------------------------
 
@@ -8251,6 +8347,25 @@ class Dispatcher:
         except StorageError as error:
             LOG.event("run-store-fail", REQID=record.reqid, MESSAGE=error.message)
 
+    def _note(self, record: RequestRecord, results: list) -> None:
+        """Add what hosts have said to a request's record as it is now: others may have written it meanwhile,
+        and what they know must not be forgotten."""
+        try:
+            with FileLock(os.path.join(self._config.runs_dir, ".lock")):
+                latest = get_request(self._config.runs_dir, record.reqid)
+                changed = _update_request(latest, results)
+                if changed != latest:
+                    self._save(changed)
+        except (NotFound, StorageError) as error:
+            LOG.event("run-store-fail", REQID=record.reqid, MESSAGE=error.message)
+
+    def is_coming(self, record: RequestRecord, host: str) -> bool:
+        """Whether a host that does not know a run may just not have been asked yet: then somebody holds the
+        locks of that run, which the kernel takes back from who has been killed."""
+        return record.hosts[host].state == "pending" and record.reqid in [
+            lock.get("reqid") for lock in list_locks(self._config.lock_dir)
+        ]
+
     def _run_with_retries(
         self, agent: Agent, request: RunRequest, body: dict, show: Optional[Callable]
     ) -> HostResult:
@@ -8258,7 +8373,7 @@ class Dispatcher:
         pause = 0.5
         for attempt in range(request.retries + 1):
             if request.mode == "stream":
-                result = self.client.follow(agent, request.reqid, ("POST", "/run", body), show)
+                result = self.client.follow(agent, request.reqid, body, show)
             else:
                 deadline = Deadline(self._config.read_timeout)
                 result = self.client.call(agent, request.reqid, "POST", "/run", body, judge_run)
@@ -8299,7 +8414,10 @@ class Dispatcher:
             pause = 0.5
             while True:
                 result = self.client.fetch(agent, record.reqid, min(LONG_POLL, deadline.left()))
-                if result.state == "running":
+                if result.state == "expired" and self.is_coming(record, agent.name):
+                    result = result._replace(state="pending", error="")
+                    time.sleep(min(pause, deadline.left()))
+                if result.state in ("running", "pending"):
                     unreachable, pause = Deadline(self._config.read_timeout), 0.5
                     if deadline.is_over():
                         return result
@@ -8325,18 +8443,22 @@ class Dispatcher:
                 results.append(result)
                 yield result
         finally:
-            changed = _update_request(record, results)
-            if changed != record:
-                self._save(changed)
+            self._note(record, results)
 
-    def follow(self, record: RequestRecord, show: Callable, from_now: bool) -> Iterator[HostResult]:
-        """Show what a request writes on every host until it ends there, from the beginning or from now."""
+    def follow(
+        self, record: RequestRecord, show: Callable, from_now: bool, places: Optional[dict] = None,
+        check: Optional[Callable] = None,
+    ) -> Iterator[HostResult]:  # fmt: skip
+        """Show what a request writes on every host until it ends there, from the beginning or from now; or,
+        with `places`, on its hosts only and from there on: name to offsets. `check`: see HostClient."""
         agents, others = self._registered(record)
+        if places is not None:
+            agents = [agent for agent in agents if agent.name in places]
+            others = [result for result in others if result.host in places]
 
         def work(agent: Agent) -> HostResult:
-            query = "from=now" if from_now else "from=start"
-            first = ("GET", "/follow/%s?%s" % (record.reqid, query), None)
-            return _explain(self.client.follow(agent, record.reqid, first, show, from_now))
+            begin = (-1, -1) if from_now else (places or {}).get(agent.name, (0, 0))
+            return _explain(self.client.follow(agent, record.reqid, None, show, begin, check))
 
         raise_descriptor_limit()
         yield from others
@@ -8347,9 +8469,7 @@ class Dispatcher:
                 results.append(result)
                 yield result
         finally:
-            changed = _update_request(record, results)
-            if changed != record:
-                self._save(changed)
+            self._note(record, results)
 
     def cancel(self, record: RequestRecord, username: str, token: str) -> Iterator[HostResult]:
         """End a request's script on every host where it may run. States: cancelled, done (it had ended),
@@ -8363,6 +8483,119 @@ class Dispatcher:
 
         yield from others
         yield from self._each(agents, "cancel", work) if agents else ()
+
+
+# --- results as JSON --------------------------------------------------------------------------------------
+# The command line and the HTTP API show the same things in the same words.
+
+
+def milliseconds(seconds: float) -> str:
+    return "%dms" % round(seconds * 1000)
+
+
+def render_ping(result: HostResult) -> dict:
+    """One host of a ping."""
+    entry = {"host": result.host, "status": result.state, "rtt": milliseconds(result.rtt)}
+    entry["reqid"] = result.reqid
+    if result.state == "ok":
+        entry.update({key: result.answer.get(key, "") for key in ("expiry", "version")})
+    if result.error:
+        entry["error"] = result.error
+    if result.note is not None:
+        entry["note"] = result.note.what
+    return entry
+
+
+def render_offer(result: HostResult) -> dict:
+    """One host of a discovery."""
+    entry: dict = {"status": result.state, "rtt": milliseconds(result.rtt)}
+    if result.state == "ok":
+        entry.update({key: result.answer.get(key) for key in ("version", "scripts", "tags")})
+    if result.error:
+        entry["error"] = result.error
+    return entry
+
+
+def render_run(result: HostResult, script: str) -> dict:
+    """One host of a run."""
+    answer = result.answer
+    known = is_run_answer(answer)
+    entry = {"host": result.host, "script": script, "exit": answer["exit"] if known else -1}
+    entry.update({stream: answer.get(stream, "") if known else "" for stream in ("stdout", "stderr")})
+    entry.update(rtt=milliseconds(result.rtt), reqid=result.reqid, state=result.state)
+    for key in (
+        "signal",
+        "timed_out",
+        "cancelled",
+        "interrupted",
+        "stdout_truncated",
+        "stderr_truncated",
+        "stdout_base64",
+        "stderr_base64",
+    ):
+        if known and key in answer:
+            entry[key] = answer[key]
+    if result.error:
+        entry["error"] = result.error
+    return entry
+
+
+def render_submission(result: HostResult) -> dict:
+    """One host of an asynchronous run that was just sent."""
+    entry = {"host": result.host, "status": result.state, "rtt": milliseconds(result.rtt)}
+    if result.error:
+        entry["error"] = result.error
+    return entry
+
+
+def render_cancelled(result: HostResult) -> dict:
+    """One host of a cancellation."""
+    entry = {"host": result.host, "status": result.state}
+    keys = ("exit", "signal", "processes_ended", "processes_left", "left")
+    entry.update({key: result.answer[key] for key in keys if key in result.answer})
+    if result.error:
+        entry["error"] = result.error
+    return entry
+
+
+def _is_away(result: HostResult) -> bool:
+    """Whether a host that has the run could not be asked."""
+    return result.state == "unreachable" and result.rtt > 0
+
+
+def render_host_status(result: HostResult) -> dict:
+    """One host of a request's status."""
+    answer = result.answer if is_run_answer(result.answer) else {}
+    status = "done" if answer else result.state
+    entry = {"status": status}
+    entry.update(render_run(result, ""), state=result.state) if answer else {}
+    for key in ("script", "host", "rtt", "reqid"):
+        entry.pop(key, None)
+    if result.error:
+        entry["error"] = result.error
+    return entry
+
+
+def list_pending(results: list) -> list:
+    """The names of the hosts whose last word on a run is not spoken, sorted."""
+    return sorted(result.host for result in results if result.state in OPEN_STATES or _is_away(result))
+
+
+def render_request(record: RequestRecord) -> dict:
+    """A request as it is remembered."""
+    return dict(record._asdict(), hosts={name: outcome._asdict() for name, outcome in record.hosts.items()})
+
+
+def render_error(error: CtrlExecError) -> dict:
+    """A failure."""
+    body = {"ok": False, "error": error.message, "status": error.code}
+    if isinstance(error, Locked):
+        body.update(error="locked", code=4, conflicts=list(error.conflicts))
+    elif isinstance(error, Denied):
+        body["code"] = error.reason_code
+    if error.hint:
+        body["detail"] = error.hint
+    return body
 
 
 # --- changes to the registry ----------------------------------------------------------------------------
@@ -8475,7 +8708,9 @@ def check_dispatcher(config: Config) -> list:
         else:
             findings.append(Finding("WARN", "no CA key here: this host can run scripts, but pair nobody"))
     own = try_check(
-        findings, "identity %s" % identity.cert, lambda: check_identity(openssl, identity, "sslclient")
+        findings,
+        "identity %s" % identity.cert,
+        lambda: check_identity(openssl, identity, "sslclient", DISPATCHER_USER),
     )
     files = (config.path, config.ca, config.cert, config.revoked_serials, config.registry_dir)
     findings += check_files(files)
@@ -9058,11 +9293,942 @@ def revoke_agent(config: Config, who: str) -> list:
 
 
 # ======================================================================================================
+# 22. API
+# Owns:  the same operations over HTTP, for programs: which there are, who may ask for them, what their
+#        answers look like, and the OpenAPI document, which is made from the same table.
+# Uses:  HEAD, ERRORS, GROUND, SETTINGS, OPENSSL, TRUST, WIRE, SERVER, POLICY, RECORDS, REGISTRY, HOSTS,
+#        DISPATCH
+# Why here: a thin skin on DISPATCH. It keeps nothing that another server on the same files would miss.
+# ======================================================================================================
+
+MAX_HOSTS = 10_000  # words in one request
+MAX_RUNS = 1000  # records in one answer; a record of 100 hosts has 10 KB
+RETRY_SECONDS = 1  # what a client that found no room is told to wait
+FEED_ITEMS = 32  # pieces of output on their way to one listener; each has 64 KiB at most
+EVENT_STREAM = "text/event-stream"
+METRICS_TEXT = "text/plain; version=0.0.4; charset=utf-8"  # the Prometheus exposition format
+
+_CREDENTIALS = (Field("username", str, most=256), Field("token", str, most=8192))
+_ON_HOSTS = (Field("hosts", list, True, MAX_HOSTS, 1), *_CREDENTIALS)
+_ON_SOME_HOSTS = (Field("hosts", list, most=MAX_HOSTS), *_CREDENTIALS)
+_ON_RUN = (
+    *_ON_HOSTS,
+    Field("script", str, True, MAX_SCRIPT_NAME),
+    Field("args", list, most=10000),
+    Field("async", bool),
+    Field("timeout", int, most=10**9),
+)
+
+
+class Operation(NamedTuple):
+    """One thing that a client can ask for."""
+
+    name: str
+    method: str
+    path: str  # a final `*` takes a request's id
+    action: str  # what the hook is asked about; empty: open to everybody
+    fields: tuple  # of the body
+    answers: dict  # status of success to the name of its schema
+    refusals: tuple  # statuses besides those that every operation may answer
+    about: str
+    query: tuple = ()  # Fields of numbers
+    kind: str = "application/json"
+
+
+OPERATIONS = (
+    Operation("index", "GET", "/", "", _CREDENTIALS, {200: "Index"}, (), "what there is"),
+    Operation("health", "GET", "/health", "", _CREDENTIALS, {200: "Health"}, (),
+              "whether this server answers"),
+    Operation("ping", "POST", "/ping", "ping", _ON_HOSTS, {200: "Pinged"}, (404, 411),
+              "ask hosts whether they answer"),
+    Operation("run", "POST", "/run", "run", _ON_RUN, {200: "Ran", 202: "Submitted"}, (404, 409, 411),
+              "run a script on hosts; with async, answer once it has begun"),
+    Operation("discovery", "GET", "/discovery", "discovery", _ON_SOME_HOSTS, {200: "Offers"}, (404,),
+              "what all hosts offer"),
+    Operation("discovery_of", "POST", "/discovery", "discovery", _ON_SOME_HOSTS, {200: "Offers"}, (404, 411),
+              "what hosts offer"),
+    Operation("status", "GET", "/status/*", "status", _CREDENTIALS, {200: "Status"}, (404,),
+              "how an earlier run goes, with its output"),
+    Operation("cancel", "POST", "/cancel/*", "cancel", _CREDENTIALS, {200: "Cancelled"}, (404, 411),
+              "end the script of an earlier run"),
+    Operation("runs", "GET", "/runs", "status", _CREDENTIALS, {200: "Runs"}, (), "the runs of the last day",
+              (Field("last", int, most=MAX_RUNS, least=1),)),
+    Operation("events", "GET", "/events/*", "status", _CREDENTIALS, {200: "Events"}, (404,),
+              "what an earlier run writes, as it comes: server-sent events", kind=EVENT_STREAM),
+    Operation("openapi", "GET", "/openapi.json", "", _CREDENTIALS, {200: "Document"}, (), "this document"),
+    Operation("openapi_live", "GET", "/openapi-live.json", "discovery", _CREDENTIALS, {200: "Document"}, (),
+              "this document, with the hosts and scripts there are"),
+    Operation("metrics", "GET", "/metrics", "metrics", _CREDENTIALS, {200: "Metrics"}, (),
+              "figures for Prometheus", kind=METRICS_TEXT),
+)  # fmt: skip
+
+
+# --- the OpenAPI document -------------------------------------------------------------------------------
+
+
+def _object(required: str, **properties: Any) -> dict:
+    return {"type": "object", "required": required.split(), "properties": properties}
+
+
+def _list_of(items: dict) -> dict:
+    return {"type": "array", "items": items}
+
+
+def _map_of(values: dict) -> dict:
+    return {"type": "object", "additionalProperties": values}
+
+
+def _named(name: str) -> dict:
+    return {"$ref": "#/components/schemas/" + name}
+
+
+_TEXT = {"type": "string"}
+_NUMBER = {"type": "integer"}
+_FLAG = {"type": "boolean"}
+_YES = {"const": True}
+_TIME = {"type": "string", "description": "12ms"}
+_ENDED = {
+    "state": _TEXT, "error": _TEXT, "signal": _TEXT, "timed_out": _FLAG, "cancelled": _FLAG,
+    "interrupted": _FLAG, "stdout_truncated": _NUMBER, "stderr_truncated": _NUMBER,
+    "stdout_base64": _TEXT, "stderr_base64": _TEXT,
+}  # fmt: skip
+_HEADING = {"ok": _YES, "reqid": _TEXT}
+
+_SCHEMAS = {
+    "Error": _object(
+        "ok error status", ok={"const": False}, error=_TEXT, detail=_TEXT, status=_TEXT, field=_TEXT,
+        reqid=_TEXT, conflicts=_list_of(_TEXT),
+        code={"type": "integer", "enum": [1, 2, 3, 4], "description": "1 denied, 2 bad credentials, "
+              "3 insufficient privilege, 4 locked"},
+    ),
+    "Index": _object(
+        "ok name version endpoints", ok=_YES, name=_TEXT, version=_TEXT,
+        endpoints=_list_of(_object("method path about", method=_TEXT, path=_TEXT, about=_TEXT)),
+    ),
+    "Health": _object("ok version", ok=_YES, version=_TEXT),
+    "Pinged": _object("ok reqid results", **_HEADING, results=_list_of(_object(
+        "host status rtt reqid", host=_TEXT, status=_TEXT, rtt=_TIME, reqid=_TEXT, expiry=_TEXT,
+        version=_TEXT, error=_TEXT,
+    ))),
+    "RunResult": _object(
+        "host script exit stdout stderr rtt reqid state", host=_TEXT, script=_TEXT, exit=_NUMBER,
+        stdout=_TEXT, stderr=_TEXT, rtt=_TIME, reqid=_TEXT, **_ENDED,
+    ),
+    "Ran": _object("ok reqid results", **_HEADING, results=_list_of(_named("RunResult"))),
+    "Submitted": _object("ok reqid results", **_HEADING, results=_list_of(_object(
+        "host status rtt", host=_TEXT, status=_TEXT, rtt=_TIME, error=_TEXT,
+    ))),
+    "Offers": _object(
+        "ok reqid hosts", **_HEADING, warnings=_list_of(_TEXT),
+        hosts=_map_of(_object(
+            "status rtt", status=_TEXT, rtt=_TIME, version=_TEXT, tags={"type": ["object", "null"]},
+            error=_TEXT, scripts=_list_of(_object(
+                "name", name=_TEXT, path=_TEXT, executable=_FLAG, schema={"type": "object"},
+                schema_version=_TEXT,
+            )),
+        )),
+    ),
+    "Status": _object(
+        "ok reqid script mode started completed complete pending hosts", **_HEADING, script=_TEXT,
+        mode={"enum": ["sync", "async", "stream"]}, started=_TEXT, complete=_FLAG, pending=_list_of(_TEXT),
+        completed={"type": ["integer", "null"], "description": "seconds since the epoch"},
+        results=_list_of(_named("RunResult")),
+        hosts={"oneOf": [_list_of(_TEXT), _map_of(_object(
+            "status", status=_TEXT, exit=_NUMBER, stdout=_TEXT, stderr=_TEXT, **_ENDED,
+        ))]},
+    ),
+    "Cancelled": _object("ok reqid results", **_HEADING, results=_list_of(_object(
+        "host status", host=_TEXT, status=_TEXT, error=_TEXT, processes_ended=_NUMBER,
+        processes_left=_NUMBER,
+    ))),
+    "Runs": _object("ok runs", ok=_YES, warnings=_list_of(_TEXT), runs=_list_of(_object(
+        "reqid script mode username source_ip started finished hosts", reqid=_TEXT, script=_TEXT, mode=_TEXT,
+        username=_TEXT, source_ip=_TEXT, started=_TEXT, finished=_TEXT,
+        hosts=_map_of(_object("state exit error", state=_TEXT, exit=_NUMBER, error=_TEXT)),
+    ))),
+    "Document": _object(
+        "openapi info paths", openapi=_TEXT, info={"type": "object"}, paths={"type": "object"},
+    ),
+    "Events": _object(  # each of them; `data` is JSON, see README
+        "id event data", id=_TEXT, event={"enum": ["output", "end", "lost", "complete"]}, data=_TEXT,
+    ),
+    "Metrics": _TEXT,
+}  # fmt: skip
+
+_REFUSALS = {
+    400: "not a request: malformed, a field that is missing or of the wrong type",
+    403: "the hook says no (codes 1 to 3), or a web page from elsewhere asks",
+    404: "no such run or host, or not for you",
+    409: "locked (code 4): another request runs this script on one of these hosts",
+    411: "a POST without a Content-Length",
+    413: "a body over 1 MiB",
+    415: "a body that is not application/json",
+    431: "too many headers, or too long ones",
+    500: "a failure here; the log has it under the request's id",
+    503: "no room; try again after Retry-After",
+}
+_ALWAYS = (400, 403, 413, 415, 431, 500, 503)
+_PATTERNS = {"script": "^[A-Za-z0-9_-]{1,%d}$" % MAX_SCRIPT_NAME}
+
+
+def _field_schema(field: Field) -> dict:
+    """What `parse_fields` takes, as JSON Schema."""
+    plain = {"type": "string", "pattern": _PATTERNS.get(field.name, "^[^\\x00]*$")}
+    schema: dict = {
+        str: {**plain, "maxLength": field.most},
+        int: {"type": "integer", "minimum": field.least, "maximum": field.most},
+        bool: {"type": "boolean"},
+        list: {"type": "array", "items": plain, "minItems": field.least, "maxItems": field.most},
+    }[field.kind]
+    return schema if field.required else dict(schema, type=[schema["type"], "null"])
+
+
+def _describe_operation(operation: Operation) -> dict:
+    """One operation of the document."""
+    parameters = [
+        {"name": field.name, "in": "query", "schema": _field_schema(field._replace(required=True))}
+        for field in operation.query
+    ]
+    if operation.path.endswith("*"):
+        schema = {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"}
+        parameters.append({"name": "reqid", "in": "path", "required": True, "schema": schema})
+    answers: dict = {}
+    for status, name in operation.answers.items():
+        content = {operation.kind.partition(";")[0]: {"schema": _named(name)}}
+        answers[str(status)] = {"description": operation.about, "content": content}
+    for status in sorted({*_ALWAYS, *operation.refusals}):
+        answers[str(status)] = {
+            "description": _REFUSALS[status], "content": {"application/json": {"schema": _named("Error")}}
+        }  # fmt: skip
+    answers["503"]["headers"] = {"Retry-After": {"schema": _NUMBER}}
+    described: dict = {"operationId": operation.name, "summary": operation.about, "responses": answers}
+    described["security"] = [{"token": []}, {}] if operation.action else []
+    if parameters:
+        described["parameters"] = parameters
+    if operation.method == "POST":
+        properties = {field.name: _field_schema(field) for field in operation.fields}
+        required = " ".join(field.name for field in operation.fields if field.required)
+        content = {"application/json": {"schema": _object(required, **properties)}}
+        described["requestBody"] = {"required": bool(required), "content": content}
+    return described
+
+
+def build_openapi() -> dict:
+    """The OpenAPI 3.1 document, from the table of operations."""
+    paths: dict = {}
+    for operation in OPERATIONS:
+        path = operation.path.replace("*", "{reqid}")
+        paths.setdefault(path, {})[operation.method.lower()] = _describe_operation(operation)
+    about = "Run allowlisted scripts on a fleet. The token goes in the header, or in the body as `token`."
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "ctrl-exec", "version": __version__, "description": about},
+        "paths": paths,
+        "components": {
+            "schemas": _SCHEMAS,
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+def build_live_openapi(results: list) -> dict:
+    """The document with the hosts and scripts that a discovery found, and what their sidecars say."""
+    document = json.loads(json.dumps(build_openapi()))
+    hosts, scripts = sorted(result.host for result in results), {}
+    for result in sorted(results):
+        for offer in result.answer.get("scripts", ()) if result.state == "ok" else ():
+            script = scripts.setdefault(offer["name"], {"hosts": [], "schemas": []})
+            script["hosts"].append(result.host)
+            if isinstance(offer.get("schema"), dict):
+                version, schema = str(offer.get("schema_version", "")), offer["schema"]
+                known = [one for one in script["schemas"] if one["schema"] == schema]
+                if not known:
+                    script["schemas"].append({"schema_version": version, "schema": schema, "hosts": []})
+                (known or script["schemas"])[-1]["hosts"].append(result.host)
+    for path in ("/ping", "/run", "/discovery"):
+        body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        if hosts:
+            body["properties"]["hosts"]["items"] = {"type": "string", "enum": hosts}
+        if scripts and path == "/run":
+            body["properties"]["script"] = {"type": "string", "enum": sorted(scripts)}
+    document["x-ctrl-exec-scripts"] = scripts
+    return document
+
+
+# --- figures --------------------------------------------------------------------------------------------
+
+_FAMILIES = {  # name: (type, help); as https://prometheus.io/docs/practices/naming/ has it
+    "ctrl_exec_build_info": ("gauge", "The version, as a label."),
+    "process_start_time_seconds": ("gauge", "When this server started, in seconds since the epoch."),
+    "ctrl_exec_api_requests_total": ("counter", "Requests answered, by operation, method and status."),
+    "ctrl_exec_api_requests_in_progress": ("gauge", "Requests being answered now."),
+    "ctrl_exec_runs_total": ("counter", "Runs of a script on one host, by how they ended for the caller."),
+    "ctrl_exec_run_seconds": ("histogram", "Time from sending a synchronous run to a host to its result."),
+    "ctrl_exec_agent_handshakes_total": ("counter", "Connections to agents, TLS included, by result."),
+    "ctrl_exec_certificate_not_after_timestamp_seconds": (
+        "gauge", "The end of a certificate's validity, in seconds since the epoch.",
+    ),
+}  # fmt: skip
+_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+
+
+class _Metrics:
+    """What this server counts from its start on; another on the same files counts for itself."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._values: dict = {}  # (family, suffix, labels) to a number
+        self.add("process_start_time_seconds", amount=round(now(), 3))
+        self.add("ctrl_exec_build_info", version=__version__)
+        for result in ("ok", "failed"):
+            self.add("ctrl_exec_agent_handshakes_total", amount=0, result=result)
+        for state in STATES:
+            self.add("ctrl_exec_runs_total", amount=0, state=state)
+
+    def add(self, family: str, suffix: str = "", amount: float = 1, **labels: str) -> None:
+        key = (family, suffix, tuple(labels.items()))
+        with self._guard:
+            self._values[key] = self._values.get(key, 0) + amount
+
+    def count_handshake(self, worked: bool) -> None:
+        self.add("ctrl_exec_agent_handshakes_total", result="ok" if worked else "failed")
+
+    def count_run(self, result: HostResult, mode: str) -> None:
+        """One host of a run has ended, as far as its caller is told."""
+        self.add("ctrl_exec_runs_total", state=result.state)
+        if mode == "sync" and is_run_answer(result.answer):
+            for bound in _BUCKETS:
+                amount = int(result.rtt <= bound)
+                self.add("ctrl_exec_run_seconds", "_bucket", amount, le="%g" % bound)
+            self.add("ctrl_exec_run_seconds", "_bucket", le="+Inf")
+            self.add("ctrl_exec_run_seconds", "_sum", result.rtt)
+            self.add("ctrl_exec_run_seconds", "_count")
+
+    def render(self, more: dict) -> bytes:
+        """All of it as text; `more` has the same keys as what is counted."""
+        with self._guard:
+            values = {**self._values, **more}
+        lines = []
+        for family, (kind, text) in _FAMILIES.items():
+            rows = [(key, value) for key, value in values.items() if key[0] == family]
+            if rows:
+                lines += ["# HELP %s %s" % (family, text), "# TYPE %s %s" % (family, kind)]
+            for (_, suffix, labels), value in rows:
+                shown = ",".join("%s=%s" % (name, json.dumps(label)) for name, label in labels)
+                number = "%d" % value if value == int(value) else repr(float(value))
+                lines.append("%s%s%s %s" % (family, suffix, "{%s}" % shown if shown else "", number))
+        return ("\n".join(lines) + "\n").encode("utf-8")
+
+
+# --- server-sent events ---------------------------------------------------------------------------------
+
+
+class _Feed:
+    """What a run writes, on its way from the threads that follow its hosts to the one that answers. A slow
+    listener slows down its own threads only: the agents read what they show back from their disks."""
+
+    def __init__(self) -> None:
+        import queue
+
+        self._queue: Any = queue.Queue(FEED_ITEMS)
+        self._full, self._empty = queue.Full, queue.Empty
+        self._closed = False
+
+    def put(self, *item: object) -> None:
+        """Hand over an item. Raises BrokenPipeError when the listener has gone."""
+        while True:
+            self.check()
+            try:
+                return self._queue.put(item, timeout=1)
+            except self._full:
+                continue
+
+    def show(self, host: str, stream: str, data: bytes) -> None:
+        if data:
+            self.put("output", host, stream, data)
+
+    def check(self) -> None:
+        if self._closed:
+            raise BrokenPipeError(errno.EPIPE, "the listener has gone")
+
+    def get(self, seconds: float) -> Optional[tuple]:
+        """The next item, or None when there was none in time."""
+        try:
+            return self._queue.get(timeout=seconds)
+        except self._empty:
+            return None
+
+    def close(self) -> None:
+        self._closed = True
+
+
+class _Places:
+    """Where a listener is in the streams of each host. As text, it is the id of an event: for each host in
+    order of name `STDOUT-STDERR`, the bytes it has had of both, or `x` when it knows how the host ended."""
+
+    def __init__(self, hosts: Iterable, text: str = "") -> None:
+        """Raises BadRequest for a text that is not of this run."""
+        names = sorted(hosts)
+        self._places: dict = {name: [0, 0] for name in names}  # None: it has ended
+        if not text:
+            return
+        parts = text.split(".")
+        for name, part in zip(names, parts):
+            hit = re.fullmatch(r"([0-9]{1,10})-([0-9]{1,10})", part)
+            if not hit and part != "x":
+                break
+            self._places[name] = [int(hit[1]), int(hit[2])] if hit else None
+        else:
+            if len(parts) == len(names):
+                return
+        raise BadRequest("the Last-Event-ID is not one of this run")
+
+    def left(self) -> dict:
+        """Where to go on on the hosts that have not ended."""
+        return {name: tuple(place) for name, place in self._places.items() if place is not None}
+
+    def move(self, host: str, stream: str, size: int) -> None:
+        self._places[host][list(STREAMS).index(stream)] += size
+
+    def end(self, host: str) -> None:
+        self._places[host] = None
+
+    def render(self) -> str:
+        return ".".join("%d-%d" % tuple(place) if place else "x" for place in self._places.values())
+
+
+def _render_event(name: str, place: str, data: dict) -> bytes:
+    """One server-sent event (https://html.spec.whatwg.org/multipage/server-sent-events.html)."""
+    return b"id: %s\nevent: %s\ndata: %s\n\n" % (place.encode(), name.encode(), encode_json(data))
+
+
+def _render_output(host: str, stream: str, data: bytes) -> dict:
+    shown = {"host": host, "stream": stream, "data": data.decode("utf-8", "replace")}
+    if shown["data"].encode("utf-8") != data:
+        import base64
+
+        shown["base64"] = base64.b64encode(data).decode("ascii")
+    return shown
+
+
+def _follow(dispatcher: Dispatcher, record: RequestRecord, left: dict, feed: _Feed) -> None:
+    """Put what a run writes into a feed: `output`, then `end` for each host, or `lost` for one that cannot be
+    heard now, and at last `last`, with whether all went as it should."""
+    well = False
+    try:
+        for result in dispatcher.follow(record, feed.show, False, left, feed.check):
+            shown = render_run(result, record.script)
+            for stream in STREAMS:
+                del shown[stream]
+            coming = result.state == "expired" and dispatcher.is_coming(record, result.host)
+            feed.put("lost" if coming or list_pending([result]) else "end", result.host, shown)
+        well = True
+    except BrokenPipeError:  # the listener has gone
+        return
+    except Exception as error:
+        log_bug(error, REQID=record.reqid)
+    try:
+        feed.put("last", well)
+    except BrokenPipeError:
+        pass
+
+
+# --- what is asked, and by whom -------------------------------------------------------------------------
+
+
+def _check_browser(request: Request) -> None:
+    """No web page but our own host's makes requests here, whatever its reader's browser could reach."""
+    host = request.headers.get("host")
+    if host is None and request.version == "1.1":
+        raise BadRequest("a request needs a Host header (RFC 9112 section 3.2)")
+    origin = request.headers.get("origin")
+    own = ["%s://%s" % (scheme, str(host).lower()) for scheme in ("http", "https")]
+    if origin is not None and origin.lower() not in own:
+        raise Denied("web pages from elsewhere are refused")
+
+
+def _is_json(content_type: str) -> bool:
+    kind, _, rest = content_type.lower().partition(";")
+    return kind.strip() == "application/json" and rest.strip().replace('"', "") in ("", "charset=utf-8")
+
+
+def _read_query(request: Request, rows: tuple) -> dict:
+    """The numbers of a query. Raises BadRequest."""
+    values = {}
+    for row in rows:
+        if row.name in request.query:
+            try:
+                values[row.name] = parse_count(request.query[row.name], row.least, row.most)
+            except ValueError as error:
+                raise BadRequest("`%s` in the query must be %s" % (row.name, error), row.name) from None
+    return values
+
+
+class _Call:
+    """One request on its way through: what is known of it so far."""
+
+    def __init__(self, address: str, request: Request) -> None:
+        self.address = address
+        self.request = request
+        self.operation: Optional[Operation] = None
+        self.fields: dict = {}
+        self.username = ""
+        self.token = ""
+        self.reqid = new_id()  # or that of the run it is about
+
+    def read(self) -> None:
+        """Find out what is asked for. Raises BadRequest, NotFound, MethodNotAllowed, UnsupportedMedia."""
+        request = self.request
+        _check_browser(request)
+        self.operation, argument = find_route(OPERATIONS, request)
+        self.reqid = argument or self.reqid
+        if request.body and not _is_json(request.headers.get("content-type", "")):
+            raise UnsupportedMedia("the body must be application/json")
+        self.fields = parse_fields(request.body, self.operation.fields)
+        self.fields.update(_read_query(request, self.operation.query))
+        self.username = self.fields["username"]
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        self.token = self.fields["token"] or (token.strip() if scheme.lower() == "bearer" else "")
+
+
+def _render_refusal(error: CtrlExecError) -> Response:
+    """A failure as an answer; what another server has to say about it (502) is none of ours."""
+    body = render_error(error)
+    if isinstance(error, BadRequest) and error.field:
+        body["field"] = error.field
+    headers: tuple = ()
+    if isinstance(error, MethodNotAllowed):
+        headers = (("Allow", ", ".join(error.allowed)),)
+    elif isinstance(error, Unavailable):
+        headers = (("Retry-After", "%d" % RETRY_SECONDS),)
+    status = error.http_status if error.http_status in (*_REFUSALS, 405) else 500
+    return Response(status, body, headers=headers)
+
+
+def _signature(paths: Iterable) -> tuple:
+    """What changes when one of these files does."""
+    found = []
+    for path in paths:
+        try:
+            status = os.stat(path)
+            found.append((status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+        except OSError:
+            found.append(())
+    return tuple(found)
+
+
+class Api:
+    """The HTTP API: one request after the other through the same steps, by many threads at once."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._metrics = _Metrics()
+        self._guard = threading.Lock()
+        self._dispatcher: Optional[Dispatcher] = None
+        self._made_of: tuple = ()  # signature of the files that it was made of
+        self._expiries: dict = {}  # path of a certificate: (signature, end of validity)
+        self._stopping = threading.Event()
+        self._handlers = {
+            "index": self._index, "health": self._health, "ping": self._ping, "run": self._run,
+            "discovery": self._discovery, "discovery_of": self._discovery, "status": self._status,
+            "cancel": self._cancel, "runs": self._runs, "events": self._events, "openapi": self._openapi,
+            "openapi_live": self._openapi_live, "metrics": self._show_metrics,
+        }  # fmt: skip
+
+    def use(self, config: Config) -> None:
+        """Work by another configuration from the next request on."""
+        with self._guard:
+            self._config, self._made_of = config, ()
+
+    def stop(self) -> None:
+        """End the streams that would go on for ever; who listens goes on at another server."""
+        self._stopping.set()
+
+    def dispatcher(self) -> Dispatcher:
+        """The control host's operations, as its files are now: a rotated certificate or a revocation counts
+        from the next request on. Raises TrustError."""
+        config = self._config
+        hook = config.auth_hook or config.default_path(ETC + "/auth-hook")
+        files = (config.cert, config.key, config.ca, next_path(config.ca), config.revoked_serials, hook)
+        with self._guard:
+            for pause in (0.05, 0.2, 0):
+                made_of = _signature(files)
+                if self._dispatcher is not None and made_of == self._made_of:
+                    return self._dispatcher
+                try:
+                    self._dispatcher = Dispatcher(self._config, self._metrics.count_handshake)
+                    self._made_of = made_of
+                    return self._dispatcher
+                except TrustError:  # perhaps the key has just been replaced, and the certificate comes next
+                    if not pause:
+                        raise
+                    time.sleep(pause)
+        raise AssertionError("not reached")
+
+    # --- every request -----------------------------------------------------------------------------------
+
+    def handle(self, peer: Peer, request: Request) -> Response:
+        """Answer one request, whatever happens."""
+        call = _Call(peer.address, request)
+        self._metrics.add("ctrl_exec_api_requests_in_progress")
+        try:
+            call.read()
+            response = self._handlers[call.operation.name](call)
+        except CtrlExecError as error:
+            response = _render_refusal(error)
+        except Exception as error:
+            log_bug(error, REQID=call.reqid, PEER=call.address)
+            body = {"ok": False, "error": "internal error; the log has it under this request id"}
+            response = Response(500, dict(body, status="bug", reqid=call.reqid))
+        finally:
+            self._metrics.add("ctrl_exec_api_requests_in_progress", amount=-1)
+        self._note(call, response)
+        return response
+
+    def refuse(self, address: str, error: CtrlExecError) -> Response:
+        """Answer what is no request, or comes when there is no room."""
+        response = _render_refusal(error)
+        self._metrics.add("ctrl_exec_api_requests_total", path="", method="", code=str(response.status))
+        LOG.event("api-request", STATUS=response.status, PEER=address, ERROR=error.message)
+        return response
+
+    def _note(self, call: _Call, response: Response) -> None:
+        operation, request = call.operation, call.request
+        path, method = (operation.path, operation.method) if operation else ("", "")
+        self._metrics.add("ctrl_exec_api_requests_total", path=path, method=method, code=str(response.status))
+        if operation and operation.name == "health" and response.status == 200:
+            return  # a proxy asks every other second
+        facts = {"METHOD": request.method, "PATH": request.path, "STATUS": response.status}
+        LOG.event("api-request", REQID=call.reqid, PEER=call.address, USERNAME=call.username, **facts)
+
+    # --- who may -----------------------------------------------------------------------------------------
+
+    def _authorise(self, call: _Call, dispatcher: Dispatcher, **details: Any) -> None:
+        """Ask the hook, or the default where there is none. Raises Denied."""
+        context = HookContext(
+            call.operation.action, call.reqid, username=call.username, token=call.token,
+            source_ip=call.address, **details,
+        )  # fmt: skip
+        if dispatcher.has_hook():
+            return dispatcher.authorise(context)
+        if self._config.api_auth_default != "allow":
+            facts = {"FOR": context.action, "USERNAME": call.username, "PEER": call.address}
+            LOG.event("auth", RESULT="denied", REASON="no hook", REQID=call.reqid, **facts)
+            why = "" if self._config.auth_deny_generic else ": there is no auth hook here"
+            raise Denied("not authorised" + why)
+
+    def _open(self, call: _Call, **details: Any) -> tuple:
+        """(dispatcher, agents, warnings) of an operation on hosts, once its caller may. Who may not is not
+        told which hosts there are."""
+        dispatcher = self.dispatcher()
+        words = tuple(call.fields.get("hosts", ()))
+        failure: Optional[CtrlExecError] = None
+        try:
+            agents, problems = dispatcher.select(Selection(words, everything=not words))
+        except CtrlExecError as error:
+            agents, problems = [], []
+            failure = error if words or not isinstance(error, UnknownHost) else None
+        names = tuple(agent.name for agent in agents) or words
+        self._authorise(call, dispatcher, hosts=names, **details)
+        if failure is not None:
+            raise failure
+        return dispatcher, agents, problems
+
+    def _find(self, call: _Call) -> tuple:
+        """(dispatcher, record) of an earlier run, once its caller may: what is not his is not there."""
+        dispatcher = self.dispatcher()
+        record: Optional[RequestRecord] = None
+        failure: CtrlExecError = NotFound("no such request: %s" % call.reqid)
+        try:
+            record = dispatcher.get_request(call.reqid)
+        except NotFound:
+            pass
+        except StorageError as error:
+            failure = error
+        details = {}
+        if record is not None:
+            details = {"script": record.script, "hosts": tuple(record.hosts)}
+            details.update(submitter=record.username, submitter_ip=record.source_ip)
+        try:  # for what is not there, too: the answer must not come sooner
+            self._authorise(call, dispatcher, **details)
+        except Denied:
+            raise NotFound("no such request: %s" % call.reqid) from None
+        if record is None:
+            raise failure
+        return dispatcher, record
+
+    # --- open to everybody -------------------------------------------------------------------------------
+
+    def _index(self, _: _Call) -> Response:
+        rows = [
+            {"method": one.method, "path": one.path.replace("*", "{reqid}"), "about": one.about}
+            for one in OPERATIONS
+        ]
+        return Response(200, {"ok": True, "name": "ctrl-exec", "version": __version__, "endpoints": rows})
+
+    def _health(self, _: _Call) -> Response:
+        return Response(200, {"ok": True, "version": __version__})
+
+    def _openapi(self, _: _Call) -> Response:
+        return Response(200, build_openapi())
+
+    # --- on hosts ----------------------------------------------------------------------------------------
+
+    def _ping(self, call: _Call) -> Response:
+        dispatcher, agents, _ = self._open(call)
+        results = [render_ping(result) for result in dispatcher.ping(agents, call.reqid)]
+        return Response(200, {"ok": True, "reqid": call.reqid, "results": results})
+
+    def _run(self, call: _Call) -> Response:
+        fields = call.fields
+        mode = "async" if fields["async"] else "sync"
+        request = RunRequest(
+            fields["script"], tuple(fields["args"]), call.reqid, call.username, call.token,
+            fields["timeout"], mode, source_ip=call.address,
+        )  # fmt: skip
+        check_run_request(request)
+        dispatcher, agents, _ = self._open(call, script=request.script, args=request.args)
+        results = []
+        for result in dispatcher.run(agents, request):
+            self._metrics.count_run(result, mode)
+            shown = render_submission(result) if mode == "async" else render_run(result, request.script)
+            results.append(shown)
+        body = {"ok": True, "reqid": call.reqid, "results": results}
+        return Response(202 if mode == "async" else 200, body)
+
+    def _discovery(self, call: _Call) -> Response:
+        dispatcher, agents, problems = self._open(call)
+        hosts = {result.host: render_offer(result) for result in dispatcher.discover(agents, call.reqid)}
+        body = {"ok": True, "reqid": call.reqid, "hosts": hosts}
+        return Response(200, dict(body, warnings=problems) if problems else body)
+
+    def _openapi_live(self, call: _Call) -> Response:
+        dispatcher, agents, _ = self._open(call)
+        return Response(200, build_live_openapi(list(dispatcher.discover(agents, call.reqid))))
+
+    # --- about earlier runs ------------------------------------------------------------------------------
+
+    def _status(self, call: _Call) -> Response:
+        dispatcher, record = self._find(call)
+        results = sorted(dispatcher.wait(record, 0), key=lambda result: result.host)
+        finished = dispatcher.get_request(record.reqid).finished  # which those results may have changed
+        pending = list_pending(results)
+        body = {"ok": True, "reqid": record.reqid, "script": record.script, "mode": record.mode}
+        body.update(started=record.started, complete=not pending, pending=pending)
+        body["completed"] = int(parse_iso_time(finished)) if finished and not pending else None
+        if record.mode == "async":
+            body["hosts"] = {result.host: render_host_status(result) for result in results}
+        else:
+            body["hosts"] = sorted(record.hosts)
+            body["results"] = [render_run(result, record.script) for result in results]
+        return Response(200, body)
+
+    def _cancel(self, call: _Call) -> Response:
+        dispatcher, record = self._find(call)
+        results = dispatcher.cancel(record, call.username, call.token)
+        body = {"ok": True, "reqid": record.reqid}
+        return Response(200, dict(body, results=[render_cancelled(result) for result in results]))
+
+    def _runs(self, call: _Call) -> Response:
+        self._authorise(call, self.dispatcher())
+        records, problems = list_request_records(self._config.runs_dir)
+        shown = [render_request(record) for record in records[: call.fields.get("last", 100)]]
+        body = {"ok": True, "runs": shown}
+        return Response(200, dict(body, warnings=problems) if problems else body)
+
+    def _events(self, call: _Call) -> Response:
+        dispatcher, record = self._find(call)
+        places = _Places(record.hosts, call.request.headers.get("last-event-id", ""))
+        stream = self._stream(dispatcher, record, places)
+        headers = (("Cache-Control", "no-store"), ("X-Accel-Buffering", "no"))  # nginx would hold it back
+        return Response(200, stream, close=True, is_live=True, kind=EVENT_STREAM, headers=headers)
+
+    def _stream(self, dispatcher: Dispatcher, record: RequestRecord, places: _Places) -> Iterator[bytes]:
+        """A run as server-sent events. Without `complete` at its end, a client is to come again."""
+        feed = _Feed()
+        follower = threading.Thread(
+            target=_follow, args=(dispatcher, record, places.left(), feed), daemon=True
+        )
+        follower.start()
+        beat, complete = Deadline(BEAT_SECONDS), True
+        try:
+            yield b"retry: %d\n\n" % (1000 * RETRY_SECONDS)
+            while not self._stopping.is_set():
+                item = feed.get(min(1, BEAT_SECONDS))
+                if item is not None:
+                    kind, host, *rest = item
+                    if kind == "last":
+                        if complete and host:
+                            yield _render_event("complete", places.render(), {"reqid": record.reqid})
+                        return
+                    if kind == "output":
+                        places.move(host, rest[0], len(rest[1]))
+                        shown = _render_output(host, *rest)
+                    else:
+                        shown = rest[0]
+                        complete = complete and kind != "lost"
+                        places.end(host) if kind == "end" else None
+                    yield _render_event(kind, places.render(), shown)
+                elif beat.is_over():
+                    yield b": beat\n\n"
+                    beat = Deadline(BEAT_SECONDS)
+        finally:
+            feed.close()
+
+    # --- figures -----------------------------------------------------------------------------------------
+
+    def _show_metrics(self, call: _Call) -> Response:
+        self._authorise(call, self.dispatcher())
+        family = "ctrl_exec_certificate_not_after_timestamp_seconds"
+        more = {}
+        config = self._config
+        for role, path in (("ca", config.ca), ("dispatcher", config.cert), ("api", config.api_cert)):
+            end = self._expiry(path) if path else None
+            if end is not None:
+                more[family, "", (("role", role), ("name", os.path.basename(path)))] = end
+        for agent in load_agents(config.registry_dir)[0]:
+            try:
+                end = parse_iso_time(agent.expiry)
+            except ValueError:
+                continue
+            more[family, "", (("role", "agent"), ("name", agent.name))] = end
+        return Response(200, [self._metrics.render(more)], kind=METRICS_TEXT)
+
+    def _expiry(self, path: str) -> Optional[float]:
+        """When a certificate of ours ends; openssl is asked again when the file has changed."""
+        made_of = _signature([path])
+        if self._expiries.get(path, ((), 0))[0] != made_of:
+            try:
+                self._expiries[path] = (made_of, OpenSSL().read_certificate(path).not_after)
+            except CtrlExecError:
+                return None
+        return self._expiries[path][1]
+
+
+# --- the server -----------------------------------------------------------------------------------------
+
+
+def _check_readable(key: str) -> None:
+    """Raise ConfigError, with what to do, for a key that is not there for the user we are now."""
+    if not os.access(key, os.R_OK) and os.path.isdir(os.path.dirname(key)):
+        hint = "as root: chgrp %s %s && chmod 640 %s" % (DISPATCHER_USER, key, key)
+        raise ConfigError("%s cannot be read by user %d, who serves the API" % (key, os.geteuid()), hint)
+
+
+def load_api_context(config: Config) -> Any:
+    """The TLS context of the API's port, or None without TLS. Raises ConfigError, TrustError."""
+    if bool(config.api_cert) != bool(config.api_key):
+        raise ConfigError("%s: `api_cert` and `api_key` go together" % config.path)
+    if not config.api_cert:
+        return None
+    _check_readable(config.api_key)
+    identity = Identity(config.api_cert, config.api_key, config.ca)
+    return new_server_context(identity, verify_clients=False, group=DISPATCHER_USER)
+
+
+def list_api_warnings(config: Config) -> list:
+    """What is allowed, and hardly wanted."""
+    import ipaddress
+
+    warnings = list(config.warnings)
+    open_to_all = [one for one in config.api_bind or ("::",) if not ipaddress.ip_address(one).is_loopback]
+    if open_to_all and not config.api_cert:
+        where = ", ".join(open_to_all)
+        warnings.append("the API listens on %s without TLS: tokens can be read on the way" % where)
+    if config.api_auth_default == "allow":
+        warnings.append("api_auth_default = allow: without a hook, whoever reaches the port may run scripts")
+    if os.geteuid() == 0:
+        warnings.append("with --root, the API stays root; an installation runs it as %s" % DISPATCHER_USER)
+    return warnings
+
+
+def _become_api_user(config: Config) -> None:
+    """Give up root, before the first byte from the network; below a --root, everything is its starter's."""
+    if config.root or os.geteuid() != 0:
+        return
+    if find_service_owner(DISPATCHER_USER) is None:
+        message = "there is no user %s to serve the API as" % DISPATCHER_USER
+        raise ConfigError(message, "run: install.sh --api")
+    become_user(DISPATCHER_USER)
+
+
+def _check_api_files(config: Config) -> None:
+    """Raise ConfigError for what would fail at every request."""
+    if os.path.exists(config.cert):  # else the next step says that there is no identity
+        _check_readable(config.key)
+    for path in (config.runs_dir, config.lock_dir):
+        make_directory(path, 0o2770)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise ConfigError("%s is not writable for the API" % path, "run again: install.sh --api")
+
+
+def _note_connection(address: str, failure: str, reason: str, _: Any) -> None:
+    if failure == "tls":
+        LOG.event("tls-failure", PEER=address, REASON=reason)
+
+
+def serve_api(config: Config, reread: Callable) -> int:
+    """The HTTP API, until SIGTERM. `reread()` gives the configuration anew, at SIGHUP: all of it counts from
+    then on but addresses, port and api_max_connections. Raises ConfigError for what keeps it from starting.
+    """
+    listeners = open_listeners(config.api_bind, config.api_port)
+    _become_api_user(config)
+    raise_descriptor_limit()
+    api = Api(config)
+    try:
+        _check_api_files(config)
+        context = load_api_context(config)
+        api.dispatcher()
+    except (TrustError, StorageError) as error:  # as final as a broken configuration
+        raise ConfigError(error.message, error.hint) from error
+    for warning in list_api_warnings(config):
+        LOG.event("config-warn", MESSAGE=warning)
+    policy = ServerPolicy(lambda address: True, _note_connection, api.refuse)
+    server = Server(listeners, context, api.handle, policy, config.api_max_connections)
+
+    def reload(*_: object) -> None:
+        try:
+            changed = reread()
+            context = load_api_context(changed)
+            api.use(changed)
+            server.use_context(context) if context and config.api_cert else None
+            LOG.event("reload", RESULT="ok")
+        except CtrlExecError as error:
+            LOG.event("reload", RESULT="kept the old configuration", REASON=error.message)
+
+    stop, signalled = os.pipe()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os.write(signalled, b"x"))
+    signal.signal(signal.SIGHUP, reload)
+    port = listeners[0].getsockname()[1]
+    LOG.event("api-start", VERSION=__version__, PORT=port, TLS="yes" if context else "no", UID=os.geteuid())
+    tell_systemd("READY=1")
+    server.serve(stop)
+    tell_systemd("STOPPING=1")
+    api.stop()
+    drained = server.drain(config.connect_timeout + config.read_timeout)
+    LOG.event("api-stop", DRAINED="yes" if drained else "no")
+    return 0
+
+
+def check_api(config: Config) -> list:
+    """Everything the API depends on, one Finding each."""
+    findings = check_dispatcher(config)
+    if config.api_cert or config.api_key:
+        try_check(findings, "TLS of the API %s" % config.api_cert, lambda: load_api_context(config))
+    hook = find_hook(config.auth_hook, config.default_path(ETC + "/auth-hook"), config.auth_hook_timeout)
+    if hook is None and config.api_auth_default == "deny":
+        findings.append(Finding("WARN", "no auth hook: the API denies everything", "write one, see README"))
+    shown = [warning for warning in list_api_warnings(config) if warning not in config.warnings]
+    return findings + [Finding("WARN", warning) for warning in shown]
+
+
+# ======================================================================================================
 # 23. CLI
 # Owns:  verbs and their options as a table; text, tables and JSON; the prompt of pairing mode; the demo.
 #        The only section that prints.
 # Uses:  HEAD, ERRORS, GROUND, SETTINGS, OPENSSL, TRUST, WIRE, POLICY, RECORDS, AGENT, REGISTRY, PAIRING,
-#        HOSTS, DISPATCH, UPKEEP
+#        HOSTS, DISPATCH, UPKEEP, API
 # ======================================================================================================
 
 
@@ -9131,10 +10297,6 @@ def _render_days(expiry: str) -> tuple:
     return ("expired" if days < 0 else "%dd" % days), ("red" if days < 14 else "yellow" if days < 30 else "")
 
 
-def _milliseconds(seconds: float) -> str:
-    return "%dms" % round(seconds * 1000)
-
-
 def _report_findings(findings: list, as_json: bool) -> int:
     failed = any(finding.level == "FAIL" for finding in findings)
     if as_json:
@@ -9177,10 +10339,10 @@ def cmd_setup_ctrl_exec(args: Any, config: Config) -> int:
         OpenSSL(), identity, config.dispatcher_id, config.key_type, config.cert_days
     )
     group = find_service_owner(DISPATCHER_USER)
-    for path, mode in (
-        (config.registry_dir, 0o750),
-        (config.lock_dir, 0o770),
-        (config.runs_dir, 0o750),
+    for path, mode in (  # setgid: what root makes in them, the HTTP API can read
+        (config.registry_dir, 0o2750),
+        (config.lock_dir, 0o2770),
+        (config.runs_dir, 0o2770),
         (config.pairing_dir, 0o770),
     ):
         make_directory(path, mode, None if group is None else Owner(0, group.gid))
@@ -9625,21 +10787,7 @@ def cmd_ping(args: Any, config: Config) -> int:
         caretaker.note_heard()
     failed = spoiled or any(result.state != "ok" for result in results)
     if args.json:
-        shown = []
-        for result in results:
-            entry = {
-                "host": result.host,
-                "status": result.state,
-                "rtt": _milliseconds(result.rtt),
-                "reqid": result.reqid,
-            }
-            if result.state == "ok":
-                entry.update({key: result.answer.get(key, "") for key in ("expiry", "version")})
-            if result.error:
-                entry["error"] = result.error
-            if result.note is not None:
-                entry["note"] = result.note.what
-            shown.append(entry)
+        shown = [render_ping(result) for result in results]
         _say_json({"ok": True, "reqid": context.reqid, "results": shown})
         return int(failed)
     rows, colours = [], {}
@@ -9652,7 +10800,7 @@ def cmd_ping(args: Any, config: Config) -> int:
             (
                 result.host,
                 result.state,
-                _milliseconds(result.rtt),
+                milliseconds(result.rtt),
                 days,
                 result.answer.get("version", "-"),
                 detail,
@@ -9699,7 +10847,7 @@ def _render_block(result: HostResult, label: str = "") -> bytes:
     answer = result.answer if is_run_answer(result.answer) else {}
     if not label:
         state = _paint("OK", "green") if result.state == "ok" else _paint("FAIL", "red")
-        facts = (state, answer.get("exit", -1), _milliseconds(result.rtt), result.reqid)
+        facts = (state, answer.get("exit", -1), milliseconds(result.rtt), result.reqid)
         label = "%s  exit:%d  %s  req:%s" % facts
     block = ("==> %s  [%s]\n" % (result.host, label)).encode("utf-8", "backslashreplace")
     for note in _render_notes(result):
@@ -9710,34 +10858,10 @@ def _render_block(result: HostResult, label: str = "") -> bytes:
     return block
 
 
-def _run_entry(result: HostResult, script: str) -> dict:
-    """One host of `run --json`."""
-    answer = result.answer
-    known = is_run_answer(answer)
-    entry = {"host": result.host, "script": script, "exit": answer["exit"] if known else -1}
-    entry.update({stream: answer.get(stream, "") if known else "" for stream in ("stdout", "stderr")})
-    entry.update(rtt=_milliseconds(result.rtt), reqid=result.reqid, state=result.state)
-    for key in (
-        "signal",
-        "timed_out",
-        "cancelled",
-        "interrupted",
-        "stdout_truncated",
-        "stderr_truncated",
-        "stdout_base64",
-        "stderr_base64",
-    ):
-        if known and key in answer:
-            entry[key] = answer[key]
-    if result.error:
-        entry["error"] = result.error
-    return entry
-
-
 def _render_submission(result: HostResult) -> str:
     """One host's line of `run --async`."""
     if result.state == "accepted":
-        return "==> %s  [accepted  %s]" % (result.host, _milliseconds(result.rtt))
+        return "==> %s  [accepted  %s]" % (result.host, milliseconds(result.rtt))
     word = "BUSY" if result.state == "busy" else "ERROR"
     return "==> %s  [%s: %s]" % (result.host, word, one_line(result.error))
 
@@ -9871,16 +10995,8 @@ def cmd_run(args: Any, config: Config) -> int:
     well = all(result.state in ("ok", "accepted") for result in results)
     if args.json:
         entries = [
-            (
-                {"host": result.host, "status": result.state, "rtt": _milliseconds(result.rtt)}
-                if mode == "async"
-                else _run_entry(result, script)
-            )
-            for result in results
+            render_submission(result) if mode == "async" else render_run(result, script) for result in results
         ]
-        for entry, result in zip(entries, results):
-            if result.error:
-                entry["error"] = result.error
         _say_json({"ok": True, "reqid": request.reqid, "results": entries})
     elif mode == "async":
         say("Request %s" % request.reqid)
@@ -9907,32 +11023,14 @@ def _open_request(args: Any, config: Config, action: str) -> tuple:
     return dispatcher, record, context
 
 
-def _is_away(result: HostResult) -> bool:
-    """Whether a host that has the run could not be asked."""
-    return result.state == "unreachable" and result.rtt > 0
-
-
-def _host_status(result: HostResult) -> dict:
-    """One host of `status --json`."""
-    answer = result.answer if is_run_answer(result.answer) else {}
-    status = "done" if answer else result.state
-    entry = {"status": status}
-    entry.update(_run_entry(result, ""), state=result.state) if answer else {}
-    for key in ("script", "host", "rtt", "reqid"):
-        entry.pop(key, None)
-    if result.error:
-        entry["error"] = result.error
-    return entry
-
-
 def _report_request(args: Any, record: RequestRecord, results: list) -> int:
     """Print where a request stands: 0 all well, 1 some failed, 2 some are not known to have ended."""
-    pending = sorted(result.host for result in results if result.state in OPEN_STATES or _is_away(result))
+    pending = list_pending(results)
     failed = any(result.state != "ok" and result.host not in pending for result in results)
     status = 1 if failed and not pending else 2 if pending else 0
     results = sorted(results, key=lambda result: result.host)
     if args.json:
-        hosts = {result.host: _host_status(result) for result in results}
+        hosts = {result.host: render_host_status(result) for result in results}
         body = {"ok": True, "reqid": record.reqid, "script": record.script, "mode": record.mode}
         body.update(started=record.started, complete=not pending, pending=pending, hosts=hosts)
         _say_json(body)
@@ -9968,7 +11066,7 @@ def cmd_follow(args: Any, config: Config) -> int:
             live.end(result.host)
             failed = failed or result.state != "ok"
             if args.json:
-                _say_json(_run_entry(result, record.script))
+                _say_json(render_run(result, record.script))
             else:
                 _write_out(_render_block(result))
     except KeyboardInterrupt:
@@ -9987,12 +11085,7 @@ def cmd_cancel(args: Any, config: Config) -> int:
         well = well and ((result.state in ("cancelled", "done") and nothing_left) or never_ran)
         if not args.json:
             say(_render_cancelled(result))
-        entry = {"host": result.host, "status": result.state}
-        keys = ("exit", "signal", "processes_ended", "processes_left", "left")
-        entry.update({key: result.answer[key] for key in keys if key in result.answer})
-        if result.error:
-            entry["error"] = result.error
-        entries.append(entry)
+        entries.append(render_cancelled(result))
     if args.json:
         _say_json({"ok": True, "reqid": record.reqid, "results": entries})
     return int(not well)
@@ -10004,11 +11097,7 @@ def cmd_history(args: Any, config: Config) -> int:
         _warn("ced: " + problem)
     records = records[: args.last or None]
     if args.json:
-        shown = []
-        for record in records:
-            hosts = {name: outcome._asdict() for name, outcome in record.hosts.items()}
-            shown.append(dict(record._asdict(), hosts=hosts))
-        _say_json({"ok": not problems, "runs": shown})
+        _say_json({"ok": not problems, "runs": [render_request(record) for record in records]})
         return int(bool(problems))
     rows = []
     for record in records:
@@ -10029,14 +11118,7 @@ def cmd_discovery(args: Any, config: Config) -> int:
     results = sorted(dispatcher.discover(agents, context.reqid), key=lambda result: result.host)
     failed = spoiled or any(result.state != "ok" for result in results)
     if args.json:
-        hosts = {}
-        for result in results:
-            entry = {"status": result.state, "rtt": _milliseconds(result.rtt)}
-            if result.state == "ok":
-                entry.update({key: result.answer.get(key) for key in ("version", "scripts", "tags")})
-            if result.error:
-                entry["error"] = result.error
-            hosts[result.host] = entry
+        hosts = {result.host: render_offer(result) for result in results}
         _say_json({"ok": True, "reqid": context.reqid, "hosts": hosts})
         return int(failed)
     rows = []
@@ -10241,6 +11323,18 @@ def cmd_pairing_status(args: Any, config: Config) -> int:
     return 0 if paired else 2 if states and states[0].status == "waiting" else 1
 
 
+# --- HTTP API -------------------------------------------------------------------------------------------
+
+
+def cmd_serve_api(args: Any, config: Config) -> int:
+    path = config.path if args.config else ""
+    return serve_api(config, lambda: load_config("dispatcher", path, config.root))
+
+
+def cmd_check_api(args: Any, config: Config) -> int:
+    return _report_findings(check_api(config), args.json)
+
+
 # --- the table of verbs ---------------------------------------------------------------------------------
 
 
@@ -10428,6 +11522,10 @@ COMMANDS = (
     ), cmd_pairing_status),
     Command("agent", "self-check", "check files, certificates and scripts", (_JSON,), cmd_self_check),
     Command("agent", "self-ping", "reach the agent on this host", (_JSON,), cmd_self_ping),
+    Command("api", "serve", "run the HTTP API, in the foreground (also without a verb)", (
+        _option("--foreground", action="store_true", help="log to standard error"),
+    ), cmd_serve_api),
+    Command("api", "check", "check files, certificates and registry", (_JSON,), cmd_check_api),
 )  # fmt: skip
 
 _GLOBALS = (
@@ -10502,7 +11600,9 @@ def parse_command(role: str, program: str, argv: list) -> tuple:
     if not words:
         if "--help" in leading or "-h" in leading:
             return None, render_usage(role, program)
-        raise UsageError("no verb is given", "%s --help" % program)
+        if role != "api":
+            raise UsageError("no verb is given", "%s --help" % program)
+        words = ["serve"]
     verb, *rest = words
     known = {command.name: command for command in COMMANDS if command.role == role}
     if verb not in known:
@@ -10510,17 +11610,6 @@ def parse_command(role: str, program: str, argv: list) -> tuple:
             "unknown verb `%s`%s" % (one_line(verb[:80]), suggest(verb, known)), "%s --help" % program
         )
     return _parse_options(known[verb], program, leading + rest)
-
-
-def _render_error(error: CtrlExecError) -> dict:
-    body = {"ok": False, "error": error.message, "status": error.code}
-    if isinstance(error, Locked):
-        body.update(error="locked", code=4, conflicts=list(error.conflicts))
-    elif isinstance(error, Denied):
-        body["code"] = error.reason_code
-    if error.hint:
-        body["detail"] = error.hint
-    return body
 
 
 def run_command(role: str, program: str, argv: list) -> int:
@@ -10531,18 +11620,18 @@ def run_command(role: str, program: str, argv: list) -> int:
         return 0
     root = args.root or os.environ.get("CTRL_EXEC_ROOT", "")
     root = os.path.abspath(root) if root else ""
-    tag = {"dispatcher": "ctrl-exec-dispatcher", "agent": "ctrl-exec-agent"}[role]
     foreground = args.verbose or getattr(args, "foreground", False)
-    LOG.open(tag, under_root(root, ROOT_LOG) if root else "", foreground)
+    LOG.open("ctrl-exec-" + role, under_root(root, ROOT_LOG) if root else "", foreground)
     try:
-        config = load_config(role, os.path.abspath(args.config) if args.config else "", root)
+        file = "agent" if role == "agent" else "dispatcher"  # the API is the dispatcher's
+        config = load_config(file, os.path.abspath(args.config) if args.config else "", root)
         if command.name != "serve":
             for warning in config.warnings:
                 _warn("%s: %s" % (program, warning))
         return command.handler(args, config)
     except CtrlExecError as error:
         if getattr(args, "json", False):
-            _say_json(_render_error(error))
+            _say_json(render_error(error))
         raise
 
 
@@ -10779,12 +11868,15 @@ _ROLES = {
     "cea": "agent",
     "ctrl-exec-agent": "agent",
     "agent": "agent",
+    "ctrl-exec-api": "api",
+    "api": "api",
 }
 
 _USAGE = """\
 usage: ctrl_exec.py demo [--keep]              a whole deployment in a temporary directory, to look at
        ctrl_exec.py dispatcher VERB ...        the control host (also: ced, ctrl-exec)
        ctrl_exec.py agent VERB ...             a managed host (also: cea, ctrl-exec-agent)
+       ctrl_exec.py api                        the HTTP API (also: ctrl-exec-api)
        ctrl_exec.py conf-example ROLE          the configuration file of a role, every key explained
        ctrl_exec.py --version"""
 

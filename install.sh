@@ -7,13 +7,13 @@ umask 022
 
 usage() {
     cat <<'END'
-usage: install.sh [--dispatcher] [--agent] [--prefix DIR]      install one role or both
-       install.sh --uninstall [--dispatcher] [--agent] [--prefix DIR]
+usage: install.sh [--dispatcher] [--agent] [--api] [--prefix DIR]      install one role or more
+       install.sh --uninstall [--dispatcher] [--agent] [--api] [--prefix DIR]
        install.sh --run-tests [ARGUMENTS OF PYTEST ...]
 
   --dispatcher   the control host: ced (also: ctrl-exec, ctrl-exec-dispatcher)
   --agent        a managed host: cea (also: ctrl-exec-agent), and a service that is not started yet
-  --api          the HTTP API: not part of this version
+  --api          the HTTP API on a control host: ctrl-exec-api, and a service that is not started yet
   --uninstall    remove the program and the service; configuration, keys, state and users stay
   --run-tests    run the tests with $PYTHON, or with python3
   --prefix DIR   where the program goes (default: /usr/local)
@@ -185,10 +185,9 @@ fi
 
 # --- what is asked, and whether it can be had: nothing is changed before this is clear ------------------
 
-[ -z "$api" ] || die 1 "the HTTP API is not part of this version, so there is nothing to install for --api"
-if [ -z "$dispatcher$agent" ]; then
-    [ -n "$uninstall" ] || die 2 "say which role: --dispatcher, --agent or both (see install.sh --help)"
-    dispatcher=yes agent=yes
+if [ -z "$dispatcher$agent$api" ]; then
+    [ -n "$uninstall" ] || die 2 "say which role: --dispatcher, --agent, --api (see install.sh --help)"
+    dispatcher=yes agent=yes api=yes
 fi
 
 stage=${DESTDIR:-}
@@ -210,13 +209,14 @@ fi
 lib=$stage$prefix/lib/ctrl-exec
 bin=$stage$prefix/bin
 launcher=../lib/ctrl-exec/launch # as seen from bin: holds wherever the tree is moved to
-links="${dispatcher:+ced ctrl-exec ctrl-exec-dispatcher }${agent:+cea ctrl-exec-agent}"
-all_links='ced ctrl-exec ctrl-exec-dispatcher cea ctrl-exec-agent'
+links="${dispatcher:+ced ctrl-exec ctrl-exec-dispatcher }${agent:+cea ctrl-exec-agent }${api:+ctrl-exec-api}"
+all_links='ced ctrl-exec ctrl-exec-dispatcher cea ctrl-exec-agent ctrl-exec-api'
+services="${agent:+ctrl-exec-agent }${api:+ctrl-exec-api}"
 case $prefix in
-/usr) unit=$stage/usr/lib/systemd/system/ctrl-exec-agent.service ;; # a package's
-*) unit=$stage/etc/systemd/system/ctrl-exec-agent.service ;;        # an administrator's
+/usr) units=$stage/usr/lib/systemd/system ;; # a package's
+*) units=$stage/etc/systemd/system ;;        # an administrator's
 esac
-init=$stage/etc/init.d/ctrl-exec-agent
+inits=$stage/etc/init.d
 mark='written by install.sh of ctrl-exec'
 
 check_writable() { # DIRECTORY: it, or what there is of the way to it
@@ -245,21 +245,21 @@ remove() {
     fi
 }
 
-# The service file that starts the agent of this very prefix.
-is_its_service() { is_our_service "$1" && grep -qF "$prefix/bin/cea" "$1"; }
+# The service file that starts the program of this very prefix.
+is_its_service() { is_our_service "$1" && grep -qF "$prefix/bin/" "$1"; }
 
-remove_service() {
-    if is_its_service "$unit"; then
-        if runs_systemd; then systemctl disable --now ctrl-exec-agent.service || true; fi
-        remove "$unit"
+remove_service() { # NAME
+    if is_its_service "$units/$1.service"; then
+        if runs_systemd; then systemctl disable --now "$1.service" || true; fi
+        remove "$units/$1.service"
         if runs_systemd; then systemctl daemon-reload || true; fi
     fi
-    if is_its_service "$init"; then
+    if is_its_service "$inits/$1"; then
         if [ "$kind" = live ] && has rc-service && has rc-update; then
-            rc-service --ifstarted ctrl-exec-agent stop || true
-            rc-update del ctrl-exec-agent || true
+            rc-service --ifstarted "$1" stop || true
+            rc-update del "$1" || true
         fi
-        remove "$init"
+        remove "$inits/$1"
     fi
 }
 
@@ -275,8 +275,8 @@ say_what_stays() { # ROLE DIRECTORY...
 }
 
 if [ -n "$uninstall" ]; then
-    if [ -n "$agent" ] && [ "$kind" != program ]; then
-        remove_service
+    if [ "$kind" != program ]; then
+        for name in $services; do remove_service "$name"; done
     fi
     for name in $links; do
         if is_our_link "$bin/$name"; then
@@ -300,7 +300,7 @@ if [ -n "$uninstall" ]; then
         rmdir "$lib" 2>/dev/null || say "left as it is, holding other files: ${lib#"$stage"}"
     fi
     if [ "$kind" != program ]; then
-        [ -z "$dispatcher" ] || say_what_stays ctrl-exec /etc/ctrl-exec /var/lib/ctrl-exec
+        [ -z "$dispatcher$api" ] || say_what_stays ctrl-exec /etc/ctrl-exec /var/lib/ctrl-exec
         [ -z "$agent" ] || say_what_stays ctrl-exec-agent /etc/ctrl-exec-agent /var/lib/ctrl-exec-agent
     fi
     exit 0
@@ -313,9 +313,11 @@ refuse_foreign() { die 1 "${1#"$stage"} is there already and not made by this sc
 for name in $links; do
     is_our_link "$bin/$name" || ! is_there "$bin/$name" || refuse_foreign "$bin/$name"
 done
-if [ -n "$agent" ] && [ "$kind" != program ]; then
-    for path in "$unit" "$init"; do
-        is_our_service "$path" || ! is_there "$path" || refuse_foreign "$path"
+if [ "$kind" != program ]; then
+    for name in $services; do
+        for path in "$units/$name.service" "$inits/$name"; do
+            is_our_service "$path" || ! is_there "$path" || refuse_foreign "$path"
+        done
     done
 fi
 who=''
@@ -457,9 +459,10 @@ install_dispatcher() {
     make_user ctrl-exec
     make_directory 0750 root:ctrl-exec /etc/ctrl-exec
     make_directory 0750 root:ctrl-exec /var/lib/ctrl-exec
-    make_directory 0750 root:ctrl-exec /var/lib/ctrl-exec/agents
-    make_directory 0770 root:ctrl-exec /var/lib/ctrl-exec/locks
-    make_directory 0750 root:ctrl-exec /var/lib/ctrl-exec/runs
+    # setgid: what root makes in them, the HTTP API can read
+    make_directory 2750 root:ctrl-exec /var/lib/ctrl-exec/agents
+    make_directory 2770 root:ctrl-exec /var/lib/ctrl-exec/locks
+    make_directory 2770 root:ctrl-exec /var/lib/ctrl-exec/runs
     make_directory 0770 root:ctrl-exec /var/lib/ctrl-exec/pairing
     make_directory 0700 root:root /var/lib/ctrl-exec/pairing-tokens # secrets; only root makes and reads them
     example dispatcher "$work/ctrl-exec.conf"
@@ -481,28 +484,50 @@ install_agent() {
 #uptime = /usr/bin/uptime
 END
     make_conf "$work/scripts.conf" ctrl-exec-agent /etc/ctrl-exec-agent/scripts.conf
-    install_service
+    install_service ctrl-exec-agent
+}
+
+# The API is the dispatcher's, as another user: it may read the registry and the dispatcher's key, share
+# locks and records of runs, and read nothing of the CA's.
+install_api() {
+    install_dispatcher
+    if [ "$kind" = live ]; then
+        open_to_api 0640 /var/lib/ctrl-exec/agents/*.json /var/lib/ctrl-exec/runs/*.json
+        open_to_api 0640 /etc/ctrl-exec/dispatcher.key
+    fi
+    install_service ctrl-exec-api
+}
+
+open_to_api() { # MODE FILE...
+    mode=$1
+    shift
+    for path in "$@"; do
+        if [ -f "$path" ] && [ ! -L "$path" ]; then
+            chgrp ctrl-exec "$path"
+            chmod "$mode" "$path"
+        fi
+    done
 }
 
 has_openrc() { has openrc-run || [ -x /sbin/openrc-run ]; }
 has_systemd() { has systemctl || [ -d /run/systemd/system ]; }
 
-install_service() {
+install_service() { # NAME
     # A staged tree is for another machine: it gets the unit in any case.
     if [ "$kind" = staged ] || has_systemd; then
-        render_unit >"$work/unit"
-        mkdir -p "$(dirname "$unit")"
-        put "$work/unit" "$unit" 0644
+        "render_unit_${1#ctrl-exec-}" >"$work/unit"
+        mkdir -p "$units"
+        put "$work/unit" "$units/$1.service" 0644
         if runs_systemd; then systemctl daemon-reload || true; fi
     fi
     if has_openrc; then
-        render_init >"$work/init"
-        mkdir -p "$(dirname "$init")"
-        put "$work/init" "$init" 0755
+        "render_init_${1#ctrl-exec-}" >"$work/init"
+        mkdir -p "$inits"
+        put "$work/init" "$inits/$1" 0755
     fi
 }
 
-render_unit() {
+render_unit_agent() {
     cat <<END
 # The ctrl-exec agent; $mark, which replaces it: for changes, \`systemctl edit ctrl-exec-agent\`.
 [Unit]
@@ -532,17 +557,64 @@ WantedBy=multi-user.target
 END
 }
 
-render_init() {
+render_unit_api() {
+    cat <<END
+# The ctrl-exec HTTP API; $mark, which replaces it: for changes, \`systemctl edit ctrl-exec-api\`.
+[Unit]
+Description=ctrl-exec HTTP API
+Wants=network-online.target
+After=network-online.target
+
+[Service]
+Type=notify
+NotifyAccess=main
+ExecStart=$prefix/bin/ctrl-exec-api
+ExecReload=/bin/kill -HUP \$MAINPID
+User=ctrl-exec
+Group=ctrl-exec
+Restart=on-failure
+RestartSec=2
+# 78: the configuration is wrong, or a file cannot be read. Starting again would not change that.
+RestartPreventExitStatus=78
+# It finishes what it is answering: connect_timeout and read_timeout together, and some air.
+TimeoutStopSec=90
+# An auth hook runs in here, too: what it needs beyond this, \`systemctl edit\` can give.
+ProtectSystem=strict
+ReadWritePaths=/var/lib/ctrl-exec/locks /var/lib/ctrl-exec/runs
+InaccessiblePaths=-/etc/ctrl-exec/ca.key -/var/lib/ctrl-exec/pairing-tokens
+ProtectHome=yes
+PrivateTmp=yes
+PrivateDevices=yes
+NoNewPrivileges=yes
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectControlGroups=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
+RestrictNamespaces=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+CapabilityBoundingSet=
+SystemCallArchitectures=native
+
+[Install]
+WantedBy=multi-user.target
+END
+}
+
+render_init_agent() { render_init agent "$prefix/bin/cea" serve TERM/30/KILL/5; }
+render_init_api() { render_init "HTTP API" "$prefix/bin/ctrl-exec-api" serve TERM/90/KILL/5; }
+
+render_init() { # WHAT COMMAND ARGUMENTS RETRY
     cat <<END
 #!/sbin/openrc-run
-# The ctrl-exec agent; $mark, which replaces it.
+# The ctrl-exec $1; $mark, which replaces it.
 
-description="ctrl-exec agent"
-command="$prefix/bin/cea"
-command_args="serve"
+description="ctrl-exec $1"
+command="$2"
+command_args="$3"
 command_background=true
 pidfile="/run/\$RC_SVCNAME.pid"
-retry="TERM/30/KILL/5"
+retry="$4"
 extra_started_commands="reload"
 
 depend() {
@@ -570,6 +642,7 @@ say_next_steps() {
         say "Only the program is installed. As an ordinary user, keep all it makes below one directory:"
         [ -z "$dispatcher" ] || say "  ${as}ced --root DIR setup-ca"
         [ -z "$agent" ] || say "  ${as}cea --root DIR request-pairing --dispatcher HOST"
+        [ -z "$api" ] || say "  ${as}ctrl-exec-api --root DIR"
         return
     fi
     if [ -n "$dispatcher" ]; then
@@ -593,11 +666,31 @@ say_next_steps() {
             say "The agent that is running is the one from before: systemctl restart ctrl-exec-agent"
         fi
     fi
+    [ -z "$api" ] || say_next_steps_of_api
+}
+
+say_next_steps_of_api() {
+    say "Next, for the HTTP API:"
+    if [ ! -f "$stage/etc/ctrl-exec/dispatcher.key" ]; then
+        say "  once \`ced setup-ctrl-exec\` has made the key: run this again, so that the API can read it"
+    fi
+    say "  write /etc/ctrl-exec/auth-hook: without one, every request is denied"
+    if has_systemd; then
+        say "  systemctl enable --now ctrl-exec-api"
+    elif has_openrc; then
+        say "  rc-update add ctrl-exec-api default && rc-service ctrl-exec-api start"
+    else
+        say "  have your service manager run this: $prefix/bin/ctrl-exec-api"
+    fi
+    if runs_systemd && systemctl is-active --quiet ctrl-exec-api; then
+        say "The API that is running is the one from before: systemctl restart ctrl-exec-api"
+    fi
 }
 
 install_program
 if [ "$kind" != program ]; then
     [ -z "$dispatcher" ] || install_dispatcher
     [ -z "$agent" ] || install_agent
+    [ -z "$api" ] || install_api
 fi
 say_next_steps

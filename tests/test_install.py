@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import stat
 import subprocess
 import sys
@@ -29,6 +30,7 @@ LIB = "usr/local/lib/ctrl-exec"
 BIN = "usr/local/bin"
 LINK = "../lib/ctrl-exec/launch"
 UNIT = "etc/systemd/system/ctrl-exec-agent.service"
+API_UNIT = "etc/systemd/system/ctrl-exec-api.service"
 PROGRAM_FILES = {
     LIB + "/ctrl_exec.py": 0o755,
     LIB + "/launch": 0o755,
@@ -36,6 +38,7 @@ PROGRAM_FILES = {
 }
 DISPATCHER_LINKS = {BIN + "/" + name: LINK for name in ("ced", "ctrl-exec", "ctrl-exec-dispatcher")}
 AGENT_LINKS = {BIN + "/" + name: LINK for name in ("cea", "ctrl-exec-agent")}
+API_LINKS = {BIN + "/ctrl-exec-api": LINK}
 CONFIGURATION = {
     "etc/ctrl-exec/ctrl-exec.conf": 0o640,
     "etc/ctrl-exec-agent/agent.conf": 0o640,
@@ -45,9 +48,9 @@ DIRECTORIES = {
     "etc/ctrl-exec": (0o750, "root", "ctrl-exec"),
     "etc/ctrl-exec-agent": (0o750, "root", "ctrl-exec-agent"),
     "var/lib/ctrl-exec": (0o750, "root", "ctrl-exec"),
-    "var/lib/ctrl-exec/agents": (0o750, "root", "ctrl-exec"),
-    "var/lib/ctrl-exec/locks": (0o770, "root", "ctrl-exec"),
-    "var/lib/ctrl-exec/runs": (0o750, "root", "ctrl-exec"),
+    "var/lib/ctrl-exec/agents": (0o2750, "root", "ctrl-exec"),
+    "var/lib/ctrl-exec/locks": (0o2770, "root", "ctrl-exec"),
+    "var/lib/ctrl-exec/runs": (0o2770, "root", "ctrl-exec"),
     "var/lib/ctrl-exec/pairing": (0o770, "root", "ctrl-exec"),
     "var/lib/ctrl-exec/pairing-tokens": (0o700, "root", "root"),
     "var/lib/ctrl-exec-agent": (0o755, "root", "root"),
@@ -169,6 +172,18 @@ def test_the_agent_role_brings_nothing_of_the_dispatcher(tmp_path):
     agent = {path: mode for path, mode in CONFIGURATION.items() if "agent" in path}
     assert found == {**PROGRAM_FILES, **AGENT_LINKS, **agent, UNIT: 0o644}
     assert "request-pairing" in done.stdout and "setup-ca" not in done.stdout
+
+
+def test_the_api_role_brings_what_it_shares_with_the_dispatcher_and_a_service(tmp_path):
+    done = succeed(tmp_path, "--api")
+    found = files_of(tmp_path)
+    found.pop("etc/init.d/ctrl-exec-api", None)  # where OpenRC is
+    expected = {**PROGRAM_FILES, **API_LINKS, "etc/ctrl-exec/ctrl-exec.conf": 0o640, API_UNIT: 0o644}
+    assert found == expected
+    assert "auth-hook" in done.stdout and "setup-ca" not in done.stdout
+    assert run_launcher(tmp_path, "ctrl-exec-api", "--help").stdout.startswith("usage: ctrl-exec-api ")
+    succeed(tmp_path, "--uninstall", "--api")
+    assert set(files_of(tmp_path)) == {"etc/ctrl-exec/ctrl-exec.conf"}
 
 
 def test_configuration_files_are_the_examples_and_allow_nothing(staged):
@@ -341,12 +356,6 @@ def test_a_wrong_command_line_is_refused_before_anything_is_changed(tmp_path, op
         assert word in refused(done, 2, tmp_path / "stage")
 
 
-@pytest.mark.parametrize("others", [(), BOTH, ("--uninstall",)])
-def test_the_api_role_is_refused_before_anything_is_changed(tmp_path, others):
-    said = refused(install(tmp_path / "stage", "--api", *others), 1, tmp_path / "stage")
-    assert "not part of this version" in said
-
-
 def test_help_names_every_option(tmp_path):
     done = succeed(tmp_path / "stage", "--help")
     for option in (*BOTH, "--api", "--uninstall", "--run-tests", "--prefix", "--help", "DESTDIR", "PYTHON"):
@@ -515,6 +524,19 @@ def test_the_unit_lets_scripts_outlive_a_restart_and_does_not_confine_them(stage
     }
     assert unit["Install"]["WantedBy"] == "multi-user.target"
     assert os.path.lexists(str(staged / service["ExecStart"].split()[0].lstrip("/")))
+
+
+def test_the_unit_of_the_api_runs_it_as_its_user_and_confines_it(tmp_path):
+    succeed(tmp_path, "--api")
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.optionxform = str
+    unit.read_string(read(tmp_path, API_UNIT))
+    service = dict(unit["Service"])
+    assert service["ExecStart"] == "/usr/local/bin/ctrl-exec-api" and service["User"] == "ctrl-exec"
+    assert service["RestartPreventExitStatus"] == str(ctrl_exec.EXIT_CONFIG)
+    assert service["ProtectSystem"] == "strict" and service["NoNewPrivileges"] == "yes"
+    assert service["ReadWritePaths"].split() == ["/var/lib/ctrl-exec/locks", "/var/lib/ctrl-exec/runs"]
+    assert "-/etc/ctrl-exec/ca.key" in service["InaccessiblePaths"]
 
 
 def test_the_openrc_script_is_sound_and_starts_the_same(tmp_path):
@@ -746,3 +768,54 @@ def test_what_is_really_installed_pairs_and_answers_with_its_front_as_the_servic
     users = [re.search(r"(?m)^Uid:\s+(\d+)\s+(\d+)\s+(\d+)\s", status).groups() for status in statuses]
     # The front, and the supervisor that waits for the next run.
     assert sorted(users) == sorted([(str(wanted),) * 3, ("0",) * 3])
+
+
+def _api_post(port, path, body):
+    data = json.dumps(body).encode()
+    head = "POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" % path
+    head += "Content-Length: %d\r\nConnection: close\r\n\r\n" % len(data)
+    with socket.create_connection(("127.0.0.1", port), 30) as sock:
+        sock.sendall(head.encode() + data)
+        status, _, reply = support.read_reply(sock)
+    return status, json.loads(reply)
+
+
+@needs_mounts
+def test_the_api_runs_as_its_user_with_the_key_and_without_the_ca(machine):
+    port = support.free_port()
+    path = "/etc/ctrl-exec/ctrl-exec.conf"
+    put(machine.path(path), "api_port = %d\napi_auth_default = allow\n" % port + read(machine.path(path)), 0o640)
+    for verb in ("setup-ca", "setup-ctrl-exec"):
+        assert machine.installed("ced", verb).returncode == 0
+    done = machine.run("sh", SCRIPT, "--dispatcher", "--prefix", machine.prefix)
+    assert machine.access("/etc/ctrl-exec/dispatcher.key") == (0o600, "root", "root")
+    assert not os.path.lexists(machine.path(machine.prefix + "/bin/ctrl-exec-api"))
+    os.makedirs(machine.path(machine.prefix + "/x"))
+    os.symlink("../lib/ctrl-exec/launch", machine.path(machine.prefix + "/x/ctrl-exec-api"))
+    early = machine.run(machine.prefix + "/x/ctrl-exec-api")  # before the key is the group's
+    assert early.returncode == ctrl_exec.EXIT_CONFIG
+    assert "chgrp ctrl-exec /etc/ctrl-exec/dispatcher.key && chmod 640" in early.stderr
+    done = machine.run("sh", SCRIPT, "--api", "--prefix", machine.prefix)
+    assert done.returncode == 0, done.stderr
+    assert machine.access("/etc/ctrl-exec/dispatcher.key") == (0o640, "root", "ctrl-exec")
+    assert machine.access("/etc/ctrl-exec/ca.key") == (0o600, "root", "root")
+    assert machine.installed("ced", "check").returncode == 0  # which takes the key of that mode
+    api = machine.spawn("ctrl-exec-api")
+    support.wait_for_port(port)
+    wanted = str(machine.ids("/etc/passwd")["ctrl-exec"])
+    ids = re.compile(r"(?m)^Uid:\s+%s\s+%s\s+%s\s" % ((wanted,) * 3))  # it listens first: a port may be low
+    support.wait_until(lambda: ids.search(read("/proc/%d/status" % api.pid)), what="another user")
+    assert re.search(r"(?m)^CapEff:\s+(\S+)", read("/proc/%d/status" % api.pid))[1].strip("0") == ""
+    agent = {"name": "gone", "ip": "127.0.0.1", "port": 1, "lookup_by": "ip"}
+    put(machine.path("/var/lib/ctrl-exec/agents/gone.json"), json.dumps(agent), 0o644)
+    status, body = _api_post(port, "/run", {"hosts": ["gone"], "script": "x"})
+    assert status == 200 and body["results"][0]["state"] == "unreachable"
+    record = "/var/lib/ctrl-exec/runs/%s.json" % body["reqid"]
+    assert machine.access(record) == (0o640, "ctrl-exec", "ctrl-exec")
+    mine = json.loads(machine.installed("ced", "run", "gone", "x", "--json").stdout)["reqid"]
+    assert machine.access("/var/lib/ctrl-exec/runs/%s.json" % mine)[2] == "ctrl-exec"
+    history = json.loads(machine.installed("ced", "history", "--json").stdout)["runs"]
+    assert {run["reqid"] for run in history} == {mine, body["reqid"]}
+    with socket.create_connection(("127.0.0.1", port), 30) as sock:
+        sock.sendall(b"GET /status/%s HTTP/1.1\r\nHost: x\r\n\r\n" % mine.encode())
+        assert support.read_reply(sock)[0] == 200
