@@ -4266,7 +4266,7 @@ class Window:
         self._files: dict = {}
         self._offsets = dict(offsets)
         self._outgoing = b""
-        self._beat = Deadline(BEAT_SECONDS)
+        self._beat = Deadline(0)  # at once: whoever comes again learns that the run is still there
         self.is_open = True
         for stream, offset in offsets.items():
             self._open(stream)
@@ -7897,7 +7897,7 @@ def judge_run(status: int, answer: dict) -> tuple:
     if status != 200:
         return ("refused" if status < 500 else "failed"), str(error or "the agent answered %d" % status)
     _expect(answer, _RUN_ANSWER)
-    if answer["exit"] == 0:
+    if answer["exit"] == 0 and answer.get("cancelled") is not True:
         return "ok", ""
     if answer["exit"] == -1:
         return "refused", str(error or "the agent refused")
@@ -8152,9 +8152,9 @@ class HostClient:
             found = self.fetch(agent, request.reqid, min(LONG_POLL, deadline.left()))
             if found.state == "running" and request.mode == "async":
                 return found._replace(state="accepted")
-            if found.state not in ("running", "expired", "unreachable", "timeout", "unknown"):
+            if is_run_answer(found.answer):
                 return found._replace(rtt=lost.rtt + found.rtt)
-            misses = 0 if found.rtt > 5 else misses + (found.state in ("expired", "unknown"))
+            misses = 0 if found.rtt > 5 else misses + (found.state in ("expired", "unknown", "refused"))
             if found.state == "expired":
                 lost = lost._replace(error="the connection was lost, and the agent knows no such run")
         return lost
@@ -8174,7 +8174,7 @@ class HostClient:
         def exchange(context: Any) -> tuple:
             nonlocal body
             lost: Optional[TransportError] = None
-            deadline = Deadline(seconds)
+            deadline, heard = Deadline(seconds), False
             while lost is None or not deadline.is_over():
                 method, path = "POST", "/run"
                 if body is None:
@@ -8188,12 +8188,14 @@ class HostClient:
                             ended = received.take(status, event)
                             if ended is not None:
                                 return (*ended, None)
-                            deadline = Deadline(seconds)
+                            heard = True
                     raise TransportError("%s ended the stream too early" % agent.name, "unknown")
                 except TransportError as problem:
                     if lost is None and problem.state == "unreachable" and body is not None:
                         raise  # nothing has been sent
                     lost = lost or problem
+                    if heard:  # since the last loss; silence may have used up all the time
+                        deadline, heard = Deadline(seconds), False
                 if check is not None:
                     check()
                 time.sleep(min(1.0, deadline.left()))
@@ -8211,13 +8213,13 @@ class HostClient:
 # ======================================================================================================
 
 
-def _update_request(record: RequestRecord, results: list) -> RequestRecord:
+def _update_request(record: RequestRecord, results: list, is_first: bool = False) -> RequestRecord:
     """A request's record with what hosts have said since."""
     hosts = dict(record.hosts)
     for result in results:
         known = hosts[result.host].state
-        if result.state in ("expired", "cancelled", "done"):
-            continue  # they say nothing about how it went
+        if not is_first and result.state != "running" and not is_run_answer(result.answer):
+            continue  # it says nothing about how the run went
         if result.state in OPEN_STATES and known not in OPEN_STATES:
             continue  # what was known is better
         exit_status = result.answer["exit"] if is_run_answer(result.answer) else -1
@@ -8230,7 +8232,8 @@ def _explain(result: HostResult) -> HostResult:
     """Say how to go on where the last word is not spoken."""
     if result.state not in ("timeout", "unknown"):
         return result
-    hint = "the script may still run there; see: ced wait %s, ced cancel %s" % ((result.reqid,) * 2)
+    verbs = ", ".join("ced %s %s" % (verb, result.reqid) for verb in ("wait", "follow", "cancel"))
+    hint = "the script may still run there; see: " + verbs
     return result._replace(hint=hint)
 
 
@@ -8338,7 +8341,7 @@ class Dispatcher:
             finally:
                 skipped = Outcome("skipped", -1, "interrupted before anything was sent")
                 record.hosts.update({name: skipped for name in names if name not in begun})
-                self._save(_update_request(record, results))
+                self._save(_update_request(record, results, is_first=True))
         sweep_requests(self._config.runs_dir, self._config.run_retention_hours * 3600)
 
     def _save(self, record: RequestRecord) -> None:
@@ -8558,9 +8561,12 @@ def render_cancelled(result: HostResult) -> dict:
     return entry
 
 
-def _is_away(result: HostResult) -> bool:
-    """Whether a host that has the run could not be asked."""
-    return result.state == "unreachable" and result.rtt > 0
+def _is_open(record: RequestRecord, result: HostResult) -> bool:
+    """Whether the last word on a host's run is not spoken: it goes on, or the host could not be asked."""
+    if result.state in OPEN_STATES or (result.state == "unreachable" and result.rtt > 0):
+        return True
+    was_open = record.hosts[result.host].state in OPEN_STATES
+    return was_open and result.state != "expired" and not is_run_answer(result.answer)
 
 
 def render_host_status(result: HostResult) -> dict:
@@ -8576,9 +8582,9 @@ def render_host_status(result: HostResult) -> dict:
     return entry
 
 
-def list_pending(results: list) -> list:
+def list_pending(record: RequestRecord, results: list) -> list:
     """The names of the hosts whose last word on a run is not spoken, sorted."""
-    return sorted(result.host for result in results if result.state in OPEN_STATES or _is_away(result))
+    return sorted(result.host for result in results if _is_open(record, result))
 
 
 def render_request(record: RequestRecord) -> dict:
@@ -9721,7 +9727,7 @@ def _follow(dispatcher: Dispatcher, record: RequestRecord, left: dict, feed: _Fe
             for stream in STREAMS:
                 del shown[stream]
             coming = result.state == "expired" and dispatcher.is_coming(record, result.host)
-            feed.put("lost" if coming or list_pending([result]) else "end", result.host, shown)
+            feed.put("lost" if coming or list_pending(record, [result]) else "end", result.host, shown)
         well = True
     except BrokenPipeError:  # the listener has gone
         return
@@ -10012,7 +10018,7 @@ class Api:
         dispatcher, record = self._find(call)
         results = sorted(dispatcher.wait(record, 0), key=lambda result: result.host)
         finished = dispatcher.get_request(record.reqid).finished  # which those results may have changed
-        pending = list_pending(results)
+        pending = list_pending(record, results)
         body = {"ok": True, "reqid": record.reqid, "script": record.script, "mode": record.mode}
         body.update(started=record.started, complete=not pending, pending=pending)
         body["completed"] = int(parse_iso_time(finished)) if finished and not pending else None
@@ -10441,11 +10447,11 @@ def cmd_retire_ca(args: Any, config: Config) -> int:
 def cmd_revoke(args: Any, config: Config) -> int:
     if args.dispatcher:
         try:
-            serial = parse_serial(args.who)
+            serial = parse_serial(args.name)
         except ValueError as error:
             raise UsageError(str(error), "`ced serial-status` shows them") from None
         return _report_upkeep(args, Upkeep(config, Dispatcher(config)).revoke_dispatcher(serial))
-    serials = revoke_agent(config, args.who)
+    serials = revoke_agent(config, args.name)
     if args.json:
         _say_json({"ok": True, "revoked": serials})
     else:
@@ -11025,7 +11031,7 @@ def _open_request(args: Any, config: Config, action: str) -> tuple:
 
 def _report_request(args: Any, record: RequestRecord, results: list) -> int:
     """Print where a request stands: 0 all well, 1 some failed, 2 some are not known to have ended."""
-    pending = list_pending(results)
+    pending = list_pending(record, results)
     failed = any(result.state != "ok" and result.host not in pending for result in results)
     status = 1 if failed and not pending else 2 if pending else 0
     results = sorted(results, key=lambda result: result.host)
@@ -11041,7 +11047,8 @@ def _report_request(args: Any, record: RequestRecord, results: list) -> int:
         if is_run_answer(result.answer):
             _write_out(_render_block(result, "done  exit:%d" % result.answer["exit"]))
         elif result.state in ("running", "expired"):
-            say("==> %s  [%s]" % (result.host, "EXPIRED" if result.state == "expired" else "running"))
+            word = "EXPIRED" if result.state == "expired" else "running"
+            say("==> %s  [%s]" % (result.host, word) + ("  " + result.error if result.error else ""))
         else:
             say("==> %s  [%s: %s]" % (result.host, result.state, one_line(result.error)))
     return status
@@ -11081,7 +11088,9 @@ def cmd_cancel(args: Any, config: Config) -> int:
     well = True
     for result in dispatcher.cancel(record, context.username, context.token):
         nothing_left = result.answer.get("processes_left") == 0
-        never_ran = result.state == "expired" or record.hosts[result.host].state in NEVER_STARTED
+        never_ran = (
+            result.answer.get("status") == "unknown" or record.hosts[result.host].state in NEVER_STARTED
+        )
         well = well and ((result.state in ("cancelled", "done") and nothing_left) or never_ran)
         if not args.json:
             say(_render_cancelled(result))
@@ -11491,7 +11500,7 @@ COMMANDS = (
             cmd_serial_status),
     Command("dispatcher", "retire-ca", "put the CA's successor in its place", (_JSON,), cmd_retire_ca),
     Command("dispatcher", "revoke", "refuse a certificate: revoke NAME|SERIAL", (
-        _option("who", metavar="NAME|SERIAL"),
+        _option("name", metavar="NAME|SERIAL"),
         _option("--dispatcher", action="store_true", help="a dispatcher's: every host is told to refuse it"),
         _JSON,
     ), cmd_revoke),

@@ -407,13 +407,20 @@ def test_when_the_answer_is_lost_the_hint_names_the_request(deployment, tmp_path
         assert result.error == "read timeout after 1s"
 
 
-def test_a_ping_with_a_field_missing_is_unknown(deployment, tmp_path):
+@pytest.mark.parametrize("field, value", [("status", None), *((field, 7) for field in GOOD_PING if field != "reqid")])
+def test_a_ping_without_a_status_or_with_a_field_of_another_type_is_unknown(deployment, tmp_path, field, value):
     config = settings(deployment.control, tmp_path)
-    for field in GOOD_PING:
-        answer = {key: value for key, value in GOOD_PING.items() if key != field}
-        with FakeAgent(deployment["alpha"], http(200, answer)) as fake:
-            (result,) = ctrl_exec.Dispatcher(config).ping([entry("one", fake.port)], ctrl_exec.new_id())
-        assert (result.state, field in result.error) == ("unknown", True)
+    answer = dict(GOOD_PING, **{field: value})
+    with FakeAgent(deployment["alpha"], http(200, answer)) as fake:
+        (result,) = ctrl_exec.Dispatcher(config).ping([entry("one", fake.port)], ctrl_exec.new_id())
+    assert (result.state, field in result.error) == ("unknown", True)
+
+
+def test_a_ping_of_an_older_agent_may_say_less(deployment, tmp_path):
+    config = settings(deployment.control, tmp_path)
+    with FakeAgent(deployment["alpha"], http(200, {"status": "ok"})) as fake:
+        (result,) = ctrl_exec.Dispatcher(config).ping([entry("one", fake.port)], ctrl_exec.new_id())
+    assert (result.state, result.error) == ("ok", "")
 
 
 @pytest.mark.parametrize(

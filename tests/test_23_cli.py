@@ -274,7 +274,7 @@ def table(text, heading):
 
 
 def test_ping_is_a_table_and_fails_when_a_host_did_not_answer(ced):
-    heading = ["NAME", "STATUS", "RTT", "EXPIRES", "VERSION", "ERROR"]
+    heading = ["NAME", "STATUS", "RTT", "EXPIRES", "VERSION", "REMARKS"]
     status, out, _ = ced("ping", "one", "two")
     rows = table(out, heading)
     assert (status, [row[:2] for row in rows]) == (0, [["one", "ok"], ["two", "ok"]])
