@@ -1662,6 +1662,8 @@ def is_strict_ca(der: bytes) -> bool:
 def split_pem(text: str) -> list:
     """The certificates in a PEM text, each in the one form that this function gives it. Raises ValueError."""
     blocks = re.findall(r"-----BEGIN CERTIFICATE-----[^-]*-----END CERTIFICATE-----", text)
+    if text.strip() and not blocks:
+        raise ValueError("there is no PEM certificate in it")
     return [ssl.DER_cert_to_PEM_cert(decode_pem(block, "CERTIFICATE")) for block in blocks]
 
 
@@ -1883,15 +1885,12 @@ class OpenSSL:
 
     def parse_certificate(self, pem: bytes) -> CertInfo:
         """What a PEM certificate says. Raises ProgramError when it is none."""
-        out = self._run("x509", "-noout", "-serial", "-startdate", "-enddate", stdin=pem).decode(
-            "ascii", "replace"
-        )
+        options = ("-serial", "-startdate", "-enddate", "-subject", "-nameopt", "multiline,utf8")
+        text = self._run("x509", "-noout", *options, "-ext", "subjectAltName", stdin=pem)
+        out = text.decode("utf-8", "replace")
         facts = dict(line.partition("=")[::2] for line in out.splitlines())
-        subject = self._run("x509", "-noout", "-subject", "-nameopt", "multiline,utf8", stdin=pem)
-        common = re.search(r"commonName *= (.*)", subject.decode("utf-8", "replace"))
-        alternative = self._run("x509", "-noout", "-ext", "subjectAltName", stdin=pem).decode(
-            "utf-8", "replace"
-        )
+        common = re.search(r"^ +commonName *= (.*)", out, re.MULTILINE)
+        alternative = out.rpartition("Subject Alternative Name")[2]
         return CertInfo(
             facts["serial"].lower().lstrip("0") or "0",
             common[1] if common else "",
@@ -1916,6 +1915,11 @@ class OpenSSL:
                 raise TrustError(
                     "the certificate is refused: %s" % (reason[1] if reason else "no chain")
                 ) from error
+
+    def check_no_client(self, pem: bytes) -> None:
+        """Raise TrustError for a certificate that names the purpose of a dispatcher's."""
+        if b"Client Authentication" in self._run("x509", "-noout", "-ext", "extendedKeyUsage", stdin=pem):
+            raise TrustError("the certificate is refused: its purpose is a dispatcher's")
 
     def public_key(self, pem: bytes) -> bytes:
         """The public key in a certificate, as PEM."""
@@ -2017,7 +2021,8 @@ def add_revoked(path: str, serials: Iterable, comment: str) -> None:
             text += "\n"  # or the first of ours would become part of the last line
         for serial in serials:
             if serial not in known:
-                text += "%s  # %s\n" % (serial, one_line(comment))
+                marked = serial if re.search("[a-f]", serial) else "0x" + serial  # digits alone mean two
+                text += "%s  # %s\n" % (marked, one_line(comment))
         write_atomic(path, text.encode("utf-8"), mode=0o644, durable=True)
 
 
@@ -4144,7 +4149,7 @@ def _age(path: str) -> float:
 def sweep_records(store: RunStore) -> None:
     """Remove what is older than the retention; never raises."""
     try:
-        if not is_sweep_due(store.directory, store.retention):
+        if not os.path.isdir(store.directory) or not is_sweep_due(store.directory, store.retention):
             return
         for owner in os.scandir(store.directory):
             if owner.is_dir(follow_symlinks=False):
@@ -4356,7 +4361,7 @@ class JobRules(NamedTuple):
     strict_modes: bool
     store: RunStore
     locks_dir: str
-    owners: frozenset  # the dispatcher ids of the trust map
+    trusted: dict  # serials that are in the trust map and not revoked, to dispatcher ids
     host: str
     max_output: int
     stdin_timeout: int
@@ -4379,6 +4384,7 @@ class JobRequest(NamedTuple):
     wait: int = 0  # seconds that a result may be waited for
     stdout: int = 0  # where to begin following; -1: what is written from now on
     stderr: int = 0
+    serial: str = ""  # of the certificate that it was asked with
 
 
 # --- starting a script ----------------------------------------------------------------------------------
@@ -5025,6 +5031,7 @@ _JOB_FIELDS = (
     Field("wait", int, most=MAX_RESULT_WAIT),
     Field("stdout", int, most=10**15, least=-1),
     Field("stderr", int, most=10**15, least=-1),
+    Field("serial", str, most=64),
 )
 
 
@@ -5116,8 +5123,6 @@ def _serve_again(channel: socket.socket, rules: JobRules, request: JobRequest, s
 
 def _serve_run(channel: socket.socket, rules: JobRules, request: JobRequest, stage: Stage) -> None:
     """Run a script to its end, whether or not somebody stays to see it."""
-    if request.owner not in rules.owners:
-        raise ScriptRefused("script not permitted")
     if find_record(rules.store, request.owner, request.reqid) is not None:
         return _serve_again(channel, rules, request, stage)
     try:
@@ -5209,12 +5214,6 @@ _QUESTIONS = {
 }
 
 
-def _serve_task(channel: socket.socket, rules: JobRules, request: JobRequest, task: Callable) -> None:
-    if request.owner not in rules.owners:
-        raise Denied("serial mismatch")
-    _answer(channel, 200, [encode_json(task(request))])
-
-
 def serve_job(control: socket.socket, rules: JobRules, tasks: dict) -> None:
     """A supervisor's life: wait for a request, do it, answer, tidy up.
 
@@ -5231,12 +5230,14 @@ def serve_job(control: socket.socket, rules: JobRules, tasks: dict) -> None:
     channel.settimeout(BODY_SECONDS)
     try:
         request = _receive_job(channel, ("run", *_QUESTIONS, *tasks))
+        if rules.trusted.get(request.serial) != request.owner:  # a front that drains has older rules
+            raise Denied("serial mismatch")
         if request.operation == "run":
             _serve_run(channel, rules, request, stage)
         else:
             stage.close()
             if request.operation in tasks:
-                _serve_task(channel, rules, request, tasks[request.operation])
+                _answer(channel, 200, [encode_json(tasks[request.operation](request))])
             else:
                 _QUESTIONS[request.operation](channel, rules, request)
     except CtrlExecError as error:
@@ -5369,13 +5370,14 @@ class Executor:
         for descriptor in by_descriptor:
             poller.register(descriptor, select.POLLIN)
         wait = 60.0 if self._restart_at == 0 else max(0.0, self._restart_at - time.monotonic())
-        for descriptor, _ in poller.poll(int(wait * 1000) + 1):
+        ready = [descriptor for descriptor, _ in poller.poll(int(wait * 1000) + 1)]
+        for descriptor in ready:
             if descriptor in by_descriptor:
                 self._take_job(by_descriptor[descriptor])
-            elif descriptor == self._orders.fileno():
-                self._take_order()
-            else:
+            elif descriptor != self._orders.fileno():
                 self._drop_wakeups()
+        if self._orders.fileno() in ready:  # last: a reload takes what fronts say, and nothing is ready then
+            self._take_order()
         self._reap()
         if signal.SIGHUP in self._pending:
             self._pending.discard(signal.SIGHUP)
@@ -5642,7 +5644,8 @@ class Custodian:
         its successor, each as PEM or empty."""
         certificate, cas, endorsement = request.args
         try:
-            info = self._store(certificate, cas, endorsement)
+            with FileLock(self._custody.identity.ca + ".lock"):  # two dispatchers may come at once
+                info = self._store(certificate, cas, endorsement)
         except TrustError as error:
             LOG.event("renew-complete", REQID=request.reqid, DISPATCHER=request.owner, ERROR=error.message)
             raise BadRequest(error.message) from error
@@ -5673,6 +5676,7 @@ class Custodian:
             raise TrustError("expected one certificate, not %d" % len(shown))
         pem, text = shown[0].encode("ascii"), "".join(believed).encode("ascii")
         self._openssl.check_chain(pem, text, "sslserver")
+        self._openssl.check_no_client(pem)
         self._openssl.check_key_match(pem, identity.key)
         info = self._openssl.parse_certificate(pem)
         if self._custody.host.lower() not in [name.lower() for name in info.names or (info.common_name,)]:
@@ -5694,7 +5698,8 @@ class Custodian:
             raise BadRequest("field `action` must be add, remove or revoke", "action")
         if action != "add" and serial == own:
             raise Denied("serial %s is the one that this request was made with" % serial)
-        if action == "add" and serial in load_revoked(self._custody.revoked):
+        revoked = load_revoked(self._custody.revoked) if action != "remove" else ()  # before any change
+        if action == "add" and serial in revoked:
             raise Denied("serial %s is revoked here" % serial)
         had = self._edit_map(action, serial, request.owner)
         if action == "revoke":
@@ -5762,7 +5767,7 @@ def _check_own_file(path: str) -> None:
         raise ConfigError("%s cannot be trusted: %s" % (path, error.message), error.hint) from error
 
 
-def build_rules(config: Config, host: str, owners: frozenset) -> tuple:
+def build_rules(config: Config, host: str, trusted: dict) -> tuple:
     """What may run, from the configuration and the allowlist: (JobRules, warnings). Raises ConfigError."""
     if config.strict_modes:
         for path in (config.path, scripts_conf_path(config)):
@@ -5779,7 +5784,7 @@ def build_rules(config: Config, host: str, owners: frozenset) -> tuple:
         strict_modes=config.strict_modes,
         store=store,
         locks_dir=config.default_path(AGENT_VAR + "/locks"),
-        owners=owners,
+        trusted=trusted,
         host=host,
         max_output=config.max_output,
         stdin_timeout=config.stdin_timeout,
@@ -5823,7 +5828,9 @@ def load_bundle(config_path: str, root: str, previous: Optional[Bundle]) -> Bund
     _recognise_self_ping(context, config)
     info = OpenSSL().read_certificate(identity.cert)
     host = info.names[0] if info.names else info.common_name
-    rules, warnings = build_rules(config, host, frozenset(trusted.values()))
+    refused = trusted if revoked is None else revoked
+    valid = {serial: dispatcher for serial, dispatcher in trusted.items() if serial not in refused}
+    rules, warnings = build_rules(config, host, valid)
     for warning in config.warnings + warnings:
         LOG.event("schema-skip" if ".schema.json: " in warning else "config-warn", MESSAGE=warning)
     for script in rules.scripts.values():
@@ -5993,7 +6000,7 @@ class Front:
         except Denied as error:
             return Response(403, {"error": error.message, "status": "forbidden"})
         LOG.event("capabilities", REQID=reqid, PEER=caller.address, DISPATCHER=caller.dispatcher)
-        event, rest = self._pass_on(JobRequest("inspect"), peer)
+        event, rest = self._pass_on(JobRequest("inspect", reqid, caller.dispatcher), peer)
         if event["event"] != "answer":
             return Response(event["status"], {"error": event["error"], "status": event["code"]})
         scripts = json.loads(b"".join(rest))["scripts"]
@@ -6091,7 +6098,10 @@ class Front:
     def _rotate(self, caller: Caller, peer: Peer, request: Request, _: str) -> Response:
         fields = parse_fields(request.body, _ROTATE_FIELDS)
         fields["reqid"] = fields["reqid"] or new_id()
-        context = HookContext("rotate", fields["reqid"], hosts=(self._bundle.host,), source_ip=caller.address)
+        context = HookContext(
+            "rotate", fields["reqid"], hosts=(self._bundle.host,), args=(fields["action"], fields["serial"]),
+            source_ip=caller.address,
+        )  # fmt: skip
         try:
             self._ask_hook(caller, context._replace(username=fields["username"], token=fields["token"]))
         except Denied as error:
@@ -6133,7 +6143,7 @@ class Front:
         with theirs:
             socket.send_fds(self._control, [b"job"], [theirs.fileno()])
         ours.settimeout(WRITE_SECONDS)
-        send_job(ours, job)
+        send_job(ours, job._replace(serial=peer.cert.serial))
         poller = select.poll()
         poller.register(ours.fileno(), select.POLLIN)
         poller.register(peer.sock.fileno(), select.POLLRDHUP)
@@ -6242,7 +6252,7 @@ def check_agent(config: Config) -> list:
     findings += check_files((*files, config.revoked_serials))
     if os.path.exists(identity.ca):
         findings += check_ca_form(identity.ca)
-    built = try_check(findings, "allowlist", lambda: build_rules(config, "", frozenset()))
+    built = try_check(findings, "allowlist", lambda: build_rules(config, "", {}))
     if built is not None:
         rules, warnings = built
         findings += [Finding("WARN", warning) for warning in warnings]

@@ -709,7 +709,7 @@ def test_a_run_keeps_its_slot_over_the_death_of_the_front(own, tmp_path):
 
 
 def rules_of(host, **changes):
-    rules, _ = ctrl_exec.build_rules(host.config, host.name, frozenset({"control"}))
+    rules, _ = ctrl_exec.build_rules(host.config, host.name, {"ab1": "control"})
     return rules._replace(**changes)
 
 

@@ -24,7 +24,7 @@ def build_rules(tmp_path):
         strict_modes=False,
         store=ctrl_exec.RunStore(str(tmp_path / "state" / "runs"), None, 3600),
         locks_dir=str(tmp_path / "state" / "locks"),
-        owners=frozenset(["control"]),
+        trusted={"ab1": "control"},
         host="here",
         max_output=1000,
         stdin_timeout=5,
@@ -43,7 +43,7 @@ def answer_to(rules, job):
     with ours, executor:
         with theirs:
             socket.send_fds(executor, [b"job"], [theirs.fileno()])
-        ctrl_exec.send_job(ours, job)
+        ctrl_exec.send_job(ours, job._replace(serial="ab1"))
         ctrl_exec.serve_job(control, rules, {})
         return json.loads(ours.makefile("rb").readline())
 
@@ -76,7 +76,7 @@ def test_a_name_that_could_be_a_path_is_refused(tmp_path, change):
 def test_a_front_cannot_name_a_dispatcher_that_is_not_trusted(tmp_path):
     rules = build_rules(tmp_path)
     event = answer_to(rules, ctrl_exec.JobRequest("run", "id-1", "stranger", script="hello"))
-    assert (event["event"], event["code"]) == ("refused", "refused")
+    assert (event["event"], event["code"]) == ("refused", "denied")
     assert not os.path.exists(os.path.join(rules.store.directory, "stranger"))
 
 

@@ -95,7 +95,7 @@ def test_supervisor_and_executor_killed_together_are_settled_at_the_next_start(s
 
 def test_whoever_asks_settles_a_run_that_recovery_has_missed(scene):
     one = scene.start("free", "async")
-    rules, _ = ctrl_exec.build_rules(scene.host.config, "solo", frozenset({"control"}))
+    rules, _ = ctrl_exec.build_rules(scene.host.config, "solo", {"ab1": "control"})
     scene.host.process.send_signal(signal.SIGSTOP)
     os.kill(scene.supervisor(one), signal.SIGKILL)
     record = ctrl_exec.find_record(rules.store, "control", one.reqid)
@@ -111,7 +111,7 @@ def test_whoever_asks_settles_a_run_that_recovery_has_missed(scene):
 
 
 def test_a_process_that_got_the_number_of_an_old_script_is_left_alone(scene):
-    rules, _ = ctrl_exec.build_rules(scene.host.config, "solo", frozenset({"control"}))
+    rules, _ = ctrl_exec.build_rules(scene.host.config, "solo", {"ab1": "control"})
     with subprocess.Popen(["sleep", "60"], start_new_session=True) as innocent:
         record = ctrl_exec.RunRecord(
             "old",
@@ -138,7 +138,7 @@ def test_recovery_leaves_files_alone_that_are_not_locks(scene):
     for name in ("notes", "a.b", "..."):
         with open(os.path.join(locks, name), "w", encoding="ascii") as file:
             file.write("control something")
-    rules, _ = ctrl_exec.build_rules(scene.host.config, "solo", frozenset({"control"}))
+    rules, _ = ctrl_exec.build_rules(scene.host.config, "solo", {"ab1": "control"})
     ctrl_exec.recover_jobs(rules)
     for name in ("notes", "a.b", "..."):
         with open(os.path.join(locks, name), encoding="ascii") as file:
