@@ -111,6 +111,10 @@ class Control(Program):
         done = self.run(*words[:at], "--json", *words[at:], **how)
         return done.returncode, json.loads(done.out)
 
+    def wait_for_lock(self):
+        """Wait until a run holds a lock here; the request's id."""
+        return wait_until(lambda: ctrl_exec.list_locks(self.config.lock_dir), what="a lock")[0]["reqid"]
+
     def serial(self):
         return ctrl_exec.OpenSSL().read_certificate(self.config.cert).serial
 

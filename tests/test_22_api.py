@@ -56,20 +56,32 @@ def hooked(deployment):
 
 
 @pytest.fixture
-def start(fresh, request):
-    """A function that makes an API on a deployment of one's own, and ends it with the test."""
+def start(request, deployment):
+    """A function that makes an API of one's own, on the shared deployment or on one with hosts of one's own,
+    and ends it with the test."""
     made = []
 
-    def make(conf=ALLOW, hosts=("solo",), running=True, name="api"):
-        deployment = fresh(*hosts, start=running)
-        server = ApiServer(deployment.control, name, conf)
-        server.deployment = deployment
+    def make(conf=ALLOW, *hosts):
+        one = request.getfixturevalue("fresh")(*hosts) if hosts else deployment
+        server = ApiServer(one.control, "own", conf)
+        server.deployment = one
         made.append(server)
         return server
 
     yield make
     for server in made:
         server.stop()
+
+
+def take_all_places(api, count):
+    """Connections that each listen to a run that takes its time; close them to have room again."""
+    reqid = api.run_script(["alpha"], "sleep", "600", **{"async": True}).json["reqid"]
+    listening = []
+    for _ in range(count):
+        listening.append(api.connect())
+        send_http(listening[-1], "GET", "/events/" + reqid)
+        assert listening[-1].recv(12) == b"HTTP/1.1 200"
+    return reqid, listening
 
 
 def seen(server):
@@ -182,9 +194,11 @@ def test_cancel_ends_a_run(api):
 
 def test_runs_are_the_records_that_ced_has(api, deployment):
     reqid = api.run_script(["alpha"], "hello", username="ann").json["reqid"]
-    status, shown = deployment.control.json("history", "--last", "1")
-    assert status == 0 and shown["runs"] == api.call("GET", "/runs?last=1").json["runs"]
-    assert (shown["runs"][0]["reqid"], shown["runs"][0]["source_ip"]) == (reqid, "127.0.0.1")
+    status, shown = deployment.control.json("history", "--last", "50")
+    assert status == 0 and shown["runs"] == api.call("GET", "/runs?last=50").json["runs"]
+    (record,) = [run for run in shown["runs"] if run["reqid"] == reqid]
+    assert (record["username"], record["source_ip"]) == ("ann", "127.0.0.1")
+    assert len(api.call("GET", "/runs?last=1").json["runs"]) == 1
     assert deployment.control.run("status", reqid).out.endswith("==> alpha  [done  exit:0]\nhello\n")
 
 
@@ -201,7 +215,7 @@ def test_bytes_that_are_no_text_come_exactly(api, deployment):
 
 
 def test_a_dead_host_is_a_result_and_delays_nobody(start):
-    api = start(hosts=("up", "down"))
+    api = start(ALLOW, "up", "down")
     api.deployment["down"].stop()
     with api:
         results = {entry["host"]: entry for entry in api.run_script(["up", "down"], "hello").json["results"]}
@@ -386,21 +400,24 @@ def test_expect_continue_is_answered(api):
 
 
 def test_locks_hold_between_the_api_and_ced_both_ways(api, deployment):
-    running = in_background(lambda: api.run_script(["alpha"], "sleep", "1.5"))
-    wait_until(lambda: deployment.control.json("list-locks")[1]["locks"], what="the lock")
+    control = deployment.control
+    running = in_background(lambda: api.run_script(["alpha"], "sleep", "600"))
+    reqid = control.wait_for_lock()
     second = api.run_script(["beta", "alpha"], "sleep", "0")
     assert second.status == 409
     assert second.json == {
         "ok": False, "error": "locked", "status": "locked", "code": 4, "conflicts": ["alpha:sleep"],
         "detail": "see: ced list-locks",
     }  # fmt: skip
-    status, said = deployment.control.json("run", "alpha", "sleep", "--", "0")
+    status, said = control.json("run", "alpha", "sleep", "--", "0")
     assert status == 1 and said["conflicts"] == ["alpha:sleep"]
-    assert running().json["results"][0]["exit"] == 0
-    waiting = deployment.control.spawn("run", "beta", "sleep", "--", "1.5", stdout=subprocess.DEVNULL)
-    wait_until(lambda: deployment.control.json("list-locks")[1]["locks"], what="the lock")
+    assert api.call("POST", "/cancel/" + reqid).status == 200
+    assert running().json["results"][0]["cancelled"] is True
+    waiting = control.spawn("run", "beta", "sleep", "--", "600", stdout=subprocess.DEVNULL)
+    reqid = control.wait_for_lock()
     assert api.run_script(["beta"], "sleep", "0").status == 409
-    assert waiting.wait(60) == 0
+    wait_until(lambda: api.call("POST", "/cancel/" + reqid).json["results"][0]["status"] == "cancelled")
+    assert waiting.wait(60) == 1
     assert api.run_script(["beta"], "sleep", "0").status == 200
 
 
@@ -470,7 +487,7 @@ def test_a_place_that_is_not_of_this_run_is_refused(api, place):
 
 
 def test_a_host_that_cannot_be_heard_leaves_the_run_incomplete(start):
-    api = start(ALLOW + "read_timeout = 1\n", hosts=("up", "down"))
+    api = start(ALLOW + "read_timeout = 1\n", "up", "down")
     with api:
         reqid = api.run_script(["up", "down"], "hello").json["reqid"]
         api.deployment["down"].stop()
@@ -553,39 +570,36 @@ def test_a_bug_ends_the_stream_without_a_word_to_the_listener(api, tmp_path, mon
 # --- abuse and ends ------------------------------------------------------------------------------------------------
 
 
+def check_refusal(api):
+    """Over its connections, it says so, and serves again when there is room."""
+    reqid, listening = take_all_places(api, 3)
+    reply = api.call("GET", "/health")
+    assert (reply.status, reply.json["ok"]) == (503, False) and int(reply.headers["retry-after"]) >= 1
+    for sock in listening:
+        sock.close()
+    api.deployment.control.run("cancel", reqid)
+    wait_until(lambda: api.call("GET", "/health").status == 200, what="room again")
+
+
 def test_over_its_connections_it_says_so_and_when_to_come_again(start):
-    api = start(ALLOW + "api_max_connections = 2\n")
-    with api:
-        runs = [in_background(lambda host=h: api.run_script(["solo"], host, "2")) for h in ("sleep",)]
-        wait_until(lambda: api.deployment.control.json("list-locks")[1]["locks"], what="a run")
-        reqid = next(iter(os.listdir(api.config.runs_dir)), "")
-        other = in_background(lambda: api.call("GET", "/events/" + reqid[:-5]))
-
-        def refused():
-            reply = api.call("GET", "/health")
-            return reply if reply.status == 503 else None
-
-        reply = wait_until(refused, what="a refusal")
-        assert int(reply.headers["retry-after"]) >= 1 and reply.json["ok"] is False
-        assert runs[0]().status == 200 and other().status == 200
-        wait_until(lambda: api.call("GET", "/health").status == 200, what="room again")
+    with start(ALLOW + "api_max_connections = 3\n") as api:
+        check_refusal(api)
 
 
 def test_silent_clients_push_themselves_out(start):
-    api = start(ALLOW + "api_max_connections = 4\n")
-    with api:
+    with start(ALLOW + "api_max_connections = 4\n") as api:
         idle = [api.connect() for _ in range(12)]
-        assert api.run_script(["solo"], "hello").status == 200
+        assert api.run_script(["alpha"], "hello").status == 200
         for sock in idle:
             sock.close()
-        assert api.run_script(["solo"], "hello").status == 200
+        assert api.run_script(["alpha"], "hello").status == 200
 
 
 def test_a_client_that_goes_away_costs_nothing_and_its_run_is_recorded(api, deployment):
     before = {run["reqid"] for run in api.call("GET", "/runs").json["runs"]}
     with api.connect() as sock:
         send_http(sock, "POST", "/run", {"hosts": ["alpha"], "script": "sleep", "args": ["0.6"]})
-        wait_until(lambda: deployment.control.json("list-locks")[1]["locks"], what="the run")
+        deployment.control.wait_for_lock()
     found = wait_until(
         lambda: [
             run for run in api.call("GET", "/runs").json["runs"]
@@ -597,30 +611,23 @@ def test_a_client_that_goes_away_costs_nothing_and_its_run_is_recorded(api, depl
 
 
 def test_sigterm_finishes_what_it_is_answering_and_ends_streams_for_another_server(start):
-    api = start()
-    with api:
-        quiet = api.run_script(["solo"], "context", **{"async": True}).json["reqid"]
-        long = api.run_script(["solo"], "sleep", "600", **{"async": True}).json["reqid"]
-        assert quiet and long
+    with start() as api:
+        long = api.run_script(["beta"], "sleep", "600", **{"async": True}).json["reqid"]
         stream = api.connect()
         send_http(stream, "GET", "/events/" + long)
         idle = api.connect()
         send_http(idle, "GET", "/health")
         assert read_reply(idle)[0] == 200
-        running = in_background(lambda: api.run_script(["solo"], "exit", "3"))
-        api.deployment["solo"].script("nap", "sleep 1; echo rested\n")
-        api.deployment["solo"].reload()
-        running()
-        running = in_background(lambda: api.run_script(["solo"], "nap"))
-        wait_until(lambda: api.deployment.control.json("list-locks")[1]["locks"], what="the run")
+        running = in_background(lambda: api.run_script(["alpha"], "sleep", "1"))
+        api.deployment.control.wait_for_lock()
         api.process.send_signal(signal.SIGTERM)
-        assert running().json["results"][0]["stdout"] == "rested\n"
+        assert running().json["results"][0]["exit"] == 0
         assert b"event: complete" not in read_reply(stream)[2]
         assert idle.recv(1) == b""
         assert api.process.wait(60) == 0
         with pytest.raises(ConnectionRefusedError):
             api.connect()
-    assert api.events("api-start") and "DRAINED=yes" in api.events("api-stop")[0]
+    assert "PORT=%d" % api.port in api.events("api-start")[-1] and "DRAINED=yes" in api.events("api-stop")[-1]
     assert api.deployment.control.json("cancel", long)[0] == 0
 
 
@@ -628,7 +635,7 @@ def test_sigterm_finishes_what_it_is_answering_and_ends_streams_for_another_serv
 
 
 def test_a_revocation_counts_from_the_next_request_on(start):
-    api = start(hosts=("one", "two"))
+    api = start(ALLOW, "one", "two")
     with api:
         assert api.call("POST", "/ping", {"hosts": ["one"]}).json["results"][0]["status"] == "ok"
         agent = ctrl_exec.get_agent(api.config.registry_dir, "one")
@@ -643,7 +650,7 @@ def test_a_revocation_counts_from_the_next_request_on(start):
 
 
 def test_a_new_certificate_and_a_new_hook_count_from_the_next_request_on(start):
-    api = start()
+    api = start(ALLOW, "solo")
     control, openssl = api.deployment.control, ctrl_exec.OpenSSL()
     with api:
         assert api.run_script(["solo"], "hello").status == 200
@@ -659,15 +666,15 @@ def test_a_new_certificate_and_a_new_hook_count_from_the_next_request_on(start):
 def test_sighup_reads_the_configuration_again_and_keeps_it_when_it_is_broken(start):
     api = start("")
     with api:
-        assert api.call("POST", "/ping", {"hosts": ["solo"]}).status == 403
+        assert api.call("POST", "/ping", {"hosts": ["alpha"]}).status == 403
         api.configure(ALLOW)
         api.process.send_signal(signal.SIGHUP)
-        wait_until(lambda: api.call("POST", "/ping", {"hosts": ["solo"]}).status == 200)
+        wait_until(lambda: api.call("POST", "/ping", {"hosts": ["alpha"]}).status == 200)
         api.configure("api_auth_default = perhaps\n")
         api.process.send_signal(signal.SIGHUP)
         line = wait_until(lambda: [one for one in api.events("reload") if "kept" in one])[0]
         assert "expects deny or allow" in line
-        assert api.call("POST", "/ping", {"hosts": ["solo"]}).status == 200
+        assert api.call("POST", "/ping", {"hosts": ["alpha"]}).status == 200
 
 
 # --- TLS and starting -----------------------------------------------------------------------------------------------
@@ -679,7 +686,7 @@ def test_with_a_certificate_it_speaks_tls_to_who_has_none(start):
     api.configure(conf + "api_cert = %s\napi_key = %s\n" % (api.config.cert, api.config.key))
     api.tls = support.client_context(ca=api.config.ca)
     with api:
-        assert api.run_script(["solo"], "hello").status == 200
+        assert api.run_script(["alpha"], "hello").status == 200
         with socket.create_connection(("127.0.0.1", api.port), 20) as plain:
             plain.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             try:
@@ -688,9 +695,10 @@ def test_with_a_certificate_it_speaks_tls_to_who_has_none(start):
                 pass
         wait_until(lambda: api.events("tls-failure"), what="the event")
         silent = [socket.create_connection(("127.0.0.1", api.port), 20) for _ in range(9)]
-        assert api.run_script(["solo"], "hello").status == 200
+        assert api.run_script(["alpha"], "hello").status == 200
         for sock in silent:
             sock.close()
+        check_refusal(api)
         figures = api.call("GET", "/metrics").body.decode()
         assert re.search(r'not_after_timestamp_seconds\{role="api",name="dispatcher.crt"\} \d{10}\n', figures)
 
@@ -809,14 +817,14 @@ def test_a_corrupt_record_is_named_and_the_others_are_shown(api):
 
 
 def test_a_host_that_is_not_asked_yet_is_pending_and_not_expired(start):
-    api = start(ALLOW + "max_parallel = 1\n", hosts=("one", "two"))
+    api = start(ALLOW + "max_parallel = 1\n")
     with api:
-        running = in_background(lambda: api.run_script(["one", "two"], "sleep", "1.2"))
-        wait_until(lambda: api.deployment.control.json("list-locks")[1]["locks"], what="the run")
-        reqid = api.call("GET", "/runs").json["runs"][0]["reqid"]
+        running = in_background(lambda: api.run_script(["alpha", "beta"], "sleep", "2"))
+        reqid = api.deployment.control.wait_for_lock()
+        wait_until(lambda: reqid + ".json" in os.listdir(api.config.runs_dir), what="the record")
         status = api.call("GET", "/status/" + reqid).json
         assert (status["complete"], status["completed"]) == (False, None)
-        assert "two" in status["pending"]
+        assert "beta" in status["pending"]
         assert running().status == 200
         status = api.call("GET", "/status/" + reqid).json
         assert status["complete"] and [entry["exit"] for entry in status["results"]] == [0, 0]

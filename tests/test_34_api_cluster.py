@@ -143,11 +143,12 @@ def test_servers_answer_for_each_other(cluster):
 def test_locks_hold_across_servers(cluster):
     deployment, (one, two) = cluster
     found = []
-    thread = threading.Thread(target=lambda: found.append(one.run_script(["alpha"], "sleep", "1")))
+    thread = threading.Thread(target=lambda: found.append(one.run_script(["alpha"], "sleep", "600")))
     thread.start()
-    wait_until(lambda: deployment.control.json("list-locks")[1]["locks"], what="the lock")
+    reqid = deployment.control.wait_for_lock()
     reply = two.run_script(["alpha", "beta"], "sleep", "0")
     assert (reply.status, reply.json["conflicts"]) == (409, ["alpha:sleep"])
+    wait_until(lambda: two.call("POST", "/cancel/" + reqid).json["results"][0]["status"] == "cancelled")
     thread.join(60)
     assert found[0].status == 200 and two.run_script(["alpha"], "sleep", "0").status == 200
 
