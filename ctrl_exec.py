@@ -8042,6 +8042,14 @@ class HostClient:
         self._context = new_client_context(self._identity)
         self._revoked = load_revoked(self._config.revoked_serials)
 
+    def apart(self) -> "HostClient":
+        """The same for another caller, whom hosts that do not answer this one do not hold up."""
+        import copy
+
+        other = copy.copy(self)
+        other._handshakes = threading.BoundedSemaphore(self._config.max_parallel)
+        return other
+
     def _connect(self, agent: Agent, context: Any) -> Connection:
         connection = None
         try:
@@ -8265,6 +8273,14 @@ class Dispatcher:
     def select(self, selection: Selection) -> tuple:
         """The agents meant, and what is wrong with the registry; see `select_agents`."""
         return select_agents(self._config.registry_dir, selection)
+
+    def apart(self) -> "Dispatcher":
+        """The same for another caller, at the same time; see HostClient."""
+        import copy
+
+        other = copy.copy(self)
+        other._client = self._client.apart()
+        return other
 
     def has_hook(self) -> bool:
         return self._hook is not None
@@ -9870,11 +9886,11 @@ class Api:
             for pause in (0.05, 0.2, 0):
                 made_of = _signature(files)
                 if self._dispatcher is not None and made_of == self._made_of:
-                    return self._dispatcher
+                    return self._dispatcher.apart()
                 try:
                     self._dispatcher = Dispatcher(self._config, self._metrics.count_handshake)
                     self._made_of = made_of
-                    return self._dispatcher
+                    return self._dispatcher.apart()
                 except TrustError:  # perhaps the key has just been replaced, and the certificate comes next
                     if not pause:
                         raise
@@ -10065,7 +10081,10 @@ class Api:
         follower = threading.Thread(
             target=_follow, args=(dispatcher, record, places.left(), feed), daemon=True
         )
-        follower.start()
+        try:
+            follower.start()
+        except RuntimeError:  # can't start new thread: the listener will come again
+            return
         beat, complete = Deadline(BEAT_SECONDS), True
         try:
             yield b"retry: %d\n\n" % (1000 * RETRY_SECONDS)
@@ -10162,6 +10181,9 @@ def _become_api_user(config: Config) -> None:
     """Give up root, before the first byte from the network; below a --root, everything is its starter's."""
     if config.root or os.geteuid() != 0:
         return
+    # As in become_user: modules that are imported later may lie where only root can read.
+    import copy, difflib, queue, resource  # noqa: E401, F401
+
     if find_service_owner(DISPATCHER_USER) is None:
         message = "there is no user %s to serve the API as" % DISPATCHER_USER
         raise ConfigError(message, "run: install.sh --api")
@@ -10185,8 +10207,8 @@ def _note_connection(address: str, failure: str, reason: str, _: Any) -> None:
 
 def serve_api(config: Config, reread: Callable) -> int:
     """The HTTP API, until SIGTERM. `reread()` gives the configuration anew, at SIGHUP: all of it counts from
-    then on but addresses, port and api_max_connections. Raises ConfigError for what keeps it from starting.
-    """
+    then on but addresses, port, api_max_connections, and whether there is TLS. Raises ConfigError for what
+    keeps it from starting."""
     listeners = open_listeners(config.api_bind, config.api_port)
     _become_api_user(config)
     raise_descriptor_limit()
@@ -10207,7 +10229,8 @@ def serve_api(config: Config, reread: Callable) -> int:
             changed = reread()
             context = load_api_context(changed)
             api.use(changed)
-            server.use_context(context) if context and config.api_cert else None
+            if context is not None and config.api_cert:  # TLS or not was decided at the start
+                server.use_context(context)
             LOG.event("reload", RESULT="ok")
         except CtrlExecError as error:
             LOG.event("reload", RESULT="kept the old configuration", REASON=error.message)

@@ -111,6 +111,10 @@ class Control(Program):
         done = self.run(*words[:at], "--json", *words[at:], **how)
         return done.returncode, json.loads(done.out)
 
+    def wait_for_lock(self):
+        """Wait until a run holds a lock here; the request's id."""
+        return wait_until(lambda: ctrl_exec.list_locks(self.config.lock_dir), what="a lock")[0]["reqid"]
+
     def serial(self):
         return ctrl_exec.OpenSSL().read_certificate(self.config.cert).serial
 
@@ -222,6 +226,102 @@ class Host(Program):
     def record(self, reqid, owner="control"):
         with open(os.path.join(self.config.runs_dir, owner, reqid + ".json"), encoding="ascii") as file:
             return json.load(file)
+
+
+class Reply:
+    """One HTTP answer as a client sees it."""
+
+    def __init__(self, status, headers, body):
+        self.status = status
+        self.headers = headers
+        self.body = body
+
+    @property
+    def json(self):
+        return json.loads(self.body)
+
+
+def send_http(sock, method, path, body=None, **headers):
+    """Send a request with a JSON body (or bytes as they are); `_` in a header's name is a hyphen."""
+    data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+    lines = ["%s %s HTTP/1.1" % (method, path)]
+    found = {"Host": "localhost"}
+    if body is not None or method == "POST":
+        found.update({"Content-Type": "application/json", "Content-Length": len(data)})
+    found.update({name.replace("_", "-"): value for name, value in headers.items()})
+    lines += ["%s: %s" % pair for pair in found.items() if pair[1] is not None]
+    sock.sendall("\r\n".join([*lines, "", ""]).encode("latin-1") + data)
+
+
+class ApiServer(Program):
+    """An HTTP API on a control host's files, with a configuration of its own."""
+
+    link = "ctrl-exec-api"
+
+    def __init__(self, control, name="api", conf="api_auth_default = allow\n"):
+        super().__init__(control.root)
+        self.port = free_port()
+        self.conf = os.path.join(control.root, name + ".conf")
+        self.configure(conf)
+        self.config = ctrl_exec.load_config("dispatcher", self.conf, self.root)
+        self.tls = None  # a client's context, where it speaks TLS
+        self.process = None
+
+    def configure(self, conf):
+        with open(self.conf, "w", encoding="ascii") as file:
+            file.write("dispatcher_id = control\napi_port = %d\n%s" % (self.port, conf))
+
+    def start(self, env=None):
+        self.process = self.spawn("--config", self.conf, env=env, stdin=subprocess.DEVNULL)
+        wait_until(lambda: self.answers() or self.process.poll() is not None, what="the API")
+        assert self.process.poll() is None, self.log()
+        return self
+
+    def answers(self):
+        try:
+            return self.call("GET", "/health").status == 200
+        except OSError:
+            return False
+
+    def connect(self, timeout=60):
+        raw = socket.create_connection(("127.0.0.1", self.port), timeout)
+        return raw if self.tls is None else self.tls.wrap_socket(raw)
+
+    def call(self, method, path, body=None, **headers):
+        with self.connect() as sock:
+            send_http(sock, method, path, body, Connection="close", **headers)
+            return Reply(*read_reply(sock))
+
+    def run_script(self, hosts, script, *args, **fields):
+        return self.call("POST", "/run", {"hosts": list(hosts), "script": script, "args": list(args), **fields})
+
+    def stop(self, number=signal.SIGTERM):
+        """End the server; returns its exit status."""
+        if self.process is None or self.process.poll() is not None:
+            return None if self.process is None else self.process.returncode
+        self.process.send_signal(number)
+        try:
+            return self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise
+
+    def __enter__(self):
+        return self.start()
+
+    def __exit__(self, *_):
+        self.stop()
+
+
+def parse_events(data):
+    """Server-sent events as (id, event, object); comments and `retry` are left out."""
+    events = []
+    for block in data.decode("utf-8").split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in block.split("\n") if line and not line.startswith(":"))
+        if "data" in fields:
+            events.append((fields["id"], fields["event"], json.loads(fields["data"])))
+    return events
 
 
 STANDARD_SCRIPTS = {
