@@ -8279,7 +8279,7 @@ class Dispatcher:
         import copy
 
         other = copy.copy(self)
-        other._client = self._client.apart()
+        other.client = self.client.apart()
         return other
 
     def has_hook(self) -> bool:

@@ -212,6 +212,7 @@ launcher=../lib/ctrl-exec/launch # as seen from bin: holds wherever the tree is 
 links="${dispatcher:+ced ctrl-exec ctrl-exec-dispatcher }${agent:+cea ctrl-exec-agent }${api:+ctrl-exec-api}"
 all_links='ced ctrl-exec ctrl-exec-dispatcher cea ctrl-exec-agent ctrl-exec-api'
 services="${agent:+ctrl-exec-agent }${api:+ctrl-exec-api}"
+timers="${dispatcher:+ctrl-exec-maintain}"
 case $prefix in
 /usr) units=$stage/usr/lib/systemd/system ;; # a package's
 *) units=$stage/etc/systemd/system ;;        # an administrator's
@@ -248,6 +249,15 @@ remove() {
 # The service file that starts the program of this very prefix.
 is_its_service() { is_our_service "$1" && grep -qF "$prefix/bin/" "$1"; }
 
+remove_timer() { # NAME
+    if is_its_service "$units/$1.service"; then
+        if runs_systemd; then systemctl disable --now "$1.timer" || true; fi
+        remove "$units/$1.timer"
+        remove "$units/$1.service"
+        if runs_systemd; then systemctl daemon-reload || true; fi
+    fi
+}
+
 remove_service() { # NAME
     if is_its_service "$units/$1.service"; then
         if runs_systemd; then systemctl disable --now "$1.service" || true; fi
@@ -277,6 +287,7 @@ say_what_stays() { # ROLE DIRECTORY...
 if [ -n "$uninstall" ]; then
     if [ "$kind" != program ]; then
         for name in $services; do remove_service "$name"; done
+        for name in $timers; do remove_timer "$name"; done
     fi
     for name in $links; do
         if is_our_link "$bin/$name"; then
@@ -316,6 +327,11 @@ done
 if [ "$kind" != program ]; then
     for name in $services; do
         for path in "$units/$name.service" "$inits/$name"; do
+            is_our_service "$path" || ! is_there "$path" || refuse_foreign "$path"
+        done
+    done
+    for name in $timers; do
+        for path in "$units/$name.service" "$units/$name.timer"; do
             is_our_service "$path" || ! is_there "$path" || refuse_foreign "$path"
         done
     done
@@ -467,6 +483,7 @@ install_dispatcher() {
     make_directory 0700 root:root /var/lib/ctrl-exec/pairing-tokens # secrets; only root makes and reads them
     example dispatcher "$work/ctrl-exec.conf"
     make_conf "$work/ctrl-exec.conf" ctrl-exec /etc/ctrl-exec/ctrl-exec.conf
+    [ -z "$dispatcher" ] || install_timer ctrl-exec-maintain
 }
 
 install_agent() {
@@ -511,6 +528,49 @@ open_to_api() { # MODE FILE...
 
 has_openrc() { has openrc-run || [ -x /sbin/openrc-run ]; }
 has_systemd() { has systemctl || [ -d /run/systemd/system ]; }
+
+install_timer() { # NAME
+    if [ "$kind" = staged ] || has_systemd; then
+        mkdir -p "$units"
+        for suffix in service timer; do
+            "render_${suffix}_${1#ctrl-exec-}" >"$work/unit"
+            put "$work/unit" "$units/$1.$suffix" 0644
+        done
+        if runs_systemd; then systemctl daemon-reload || true; fi
+    fi
+}
+
+render_service_maintain() {
+    cat <<END
+# Certificates of a ctrl-exec control host, renewed in time; $mark, which replaces it.
+[Unit]
+Description=ctrl-exec certificates
+Wants=network-online.target
+After=network-online.target
+
+[Service]
+Type=oneshot
+ExecStart=$prefix/bin/ced maintain --if-due
+# 1: a host needs a person, and the journal says which; the next turn tries again.
+SuccessExitStatus=1
+END
+}
+
+render_timer_maintain() {
+    cat <<END
+# When; $mark, which replaces it. \`cert_check_interval\` in ctrl-exec.conf says how often it does something.
+[Unit]
+Description=ctrl-exec certificates, every hour
+
+[Timer]
+OnCalendar=hourly
+RandomizedDelaySec=600
+Persistent=true
+
+[Install]
+WantedBy=timers.target
+END
+}
 
 install_service() { # NAME
     # A staged tree is for another machine: it gets the unit in any case.
@@ -650,6 +710,11 @@ say_next_steps() {
         say "  ${as}ced setup-ca"
         say "  ${as}ced setup-ctrl-exec"
         say "  ${as}ced pairing-mode                  while hosts are being paired"
+        if has_systemd; then
+            say "  systemctl enable --now ctrl-exec-maintain.timer   renews certificates in time"
+        else
+            say "  have cron run this every hour, so that certificates are renewed: $prefix/bin/ced maintain --if-due"
+        fi
     fi
     if [ -n "$agent" ]; then
         say "Next, on the managed host:"

@@ -31,6 +31,8 @@ BIN = "usr/local/bin"
 LINK = "../lib/ctrl-exec/launch"
 UNIT = "etc/systemd/system/ctrl-exec-agent.service"
 API_UNIT = "etc/systemd/system/ctrl-exec-api.service"
+TIMER = "etc/systemd/system/ctrl-exec-maintain.timer"
+TIMER_FILES = {TIMER: 0o644, "etc/systemd/system/ctrl-exec-maintain.service": 0o644}
 PROGRAM_FILES = {
     LIB + "/ctrl_exec.py": 0o755,
     LIB + "/launch": 0o755,
@@ -150,7 +152,7 @@ def test_staging_makes_this_tree_with_these_modes_whatever_the_umask(tmp_path, s
         env={"PATH": fake_path(tmp_path / "fake", openrc_run="exit 1")},
     )
     expected = {**PROGRAM_FILES, **DISPATCHER_LINKS, **AGENT_LINKS, **CONFIGURATION}
-    expected.update({UNIT: 0o644, "etc/init.d/ctrl-exec-agent": 0o755})
+    expected.update({UNIT: 0o644, "etc/init.d/ctrl-exec-agent": 0o755, **TIMER_FILES})
     assert files_of(stage) == expected
     found = tree(stage)
     assert {path: found[path] for path in DIRECTORIES} == {
@@ -162,7 +164,8 @@ def test_staging_makes_this_tree_with_these_modes_whatever_the_umask(tmp_path, s
 
 def test_the_dispatcher_role_brings_nothing_of_the_agent(tmp_path):
     succeed(tmp_path, "--dispatcher")
-    assert files_of(tmp_path) == {**PROGRAM_FILES, **DISPATCHER_LINKS, "etc/ctrl-exec/ctrl-exec.conf": 0o640}
+    conf = {"etc/ctrl-exec/ctrl-exec.conf": 0o640}
+    assert files_of(tmp_path) == {**PROGRAM_FILES, **DISPATCHER_LINKS, **conf, **TIMER_FILES}
 
 
 def test_the_agent_role_brings_nothing_of_the_dispatcher(tmp_path):
@@ -524,6 +527,18 @@ def test_the_unit_lets_scripts_outlive_a_restart_and_does_not_confine_them(stage
     }
     assert unit["Install"]["WantedBy"] == "multi-user.target"
     assert os.path.lexists(str(staged / service["ExecStart"].split()[0].lstrip("/")))
+
+
+def test_the_timer_has_certificates_looked_after_when_that_is_due(tmp_path):
+    succeed(tmp_path, "--dispatcher")
+    timer, service = configparser.ConfigParser(interpolation=None), configparser.ConfigParser(interpolation=None)
+    timer.read_string(read(tmp_path, TIMER))
+    service.read_string(read(tmp_path, TIMER.replace(".timer", ".service")))
+    assert service["Service"]["ExecStart"] == "/usr/local/bin/ced maintain --if-due"
+    assert service["Service"]["Type"] == "oneshot"
+    assert (timer["Timer"]["OnCalendar"], timer["Install"]["WantedBy"]) == ("hourly", "timers.target")
+    gone = succeed(tmp_path, "--uninstall", "--dispatcher")
+    assert TIMER in gone.stdout and not [path for path in files_of(tmp_path) if "systemd" in path]
 
 
 def test_the_unit_of_the_api_runs_it_as_its_user_and_confines_it(tmp_path):
