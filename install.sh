@@ -507,7 +507,7 @@ END
 # The API is the dispatcher's, as another user: it may read the registry and the dispatcher's key, share
 # locks and records of runs, and read nothing of the CA's.
 install_api() {
-    install_dispatcher
+    [ -n "$dispatcher" ] || install_dispatcher
     if [ "$kind" = live ]; then
         open_to_api 0640 /var/lib/ctrl-exec/agents/*.json /var/lib/ctrl-exec/runs/*.json
         open_to_api 0640 /etc/ctrl-exec/dispatcher.key

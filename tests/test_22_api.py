@@ -86,8 +86,11 @@ def take_all_places(api, count):
 
 def seen(server):
     """What the hook was told, one object for each request."""
-    with open(server.hook + ".seen", encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
+    try:
+        with open(server.hook + ".seen", encoding="utf-8") as file:
+            return [json.loads(line) for line in file if line.strip()]
+    except FileNotFoundError:
+        return []
 
 
 def path_of(operation, reqid="0123456789abcdef"):
@@ -838,6 +841,43 @@ def test_a_registry_that_may_only_be_read_keeps_its_tags(deployment, monkeypatch
     before = ctrl_exec.get_agent(config.registry_dir, host.name)
     dispatcher._keep_tags(host.name, {"new": "tag"})
     assert ctrl_exec.get_agent(config.registry_dir, host.name) == before
+
+
+def test_what_is_known_of_a_run_is_not_forgotten_for_an_older_word(deployment):
+    config = deployment.control.config
+    known = record_of("alpha")._replace(
+        reqid="known1", hosts={"alpha": ctrl_exec.Outcome("ok", 0)}, finished=ctrl_exec.iso_time(1e9)
+    )
+    ctrl_exec.save_request(config.runs_dir, known)
+    stale = known._replace(hosts={"alpha": ctrl_exec.Outcome()}, finished="")
+    ctrl_exec.Dispatcher(config)._note(stale, [ctrl_exec.HostResult("alpha", "running", "known1")])
+    assert ctrl_exec.get_request(config.runs_dir, "known1") == known
+    os.unlink(os.path.join(config.runs_dir, "known1.json"))
+
+
+def test_a_host_that_cannot_stream_shows_what_the_listener_has_not_had():
+    shown = []
+    received = ctrl_exec._Received("h", False, lambda *what: shown.append(what), (3, 0))
+    assert received.where() == "stdout=3&stderr=0"
+    state, _, _ = received.take(200, {"exit": 0, "stdout": "hello", "stderr": "oh"})
+    assert (state, shown) == ("ok", [("h", "stdout", b"lo"), ("h", "stderr", b"oh")])
+
+
+def test_callers_share_what_is_loaded_and_not_their_turns_to_connect(api):
+    one = ctrl_exec.Api(api.config)
+    first, second = one.dispatcher()._client, one.dispatcher()._client
+    assert first._context is second._context and first._handshakes is not second._handshakes
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_an_answer_may_be_of_another_kind_and_say_more(version):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        response = ctrl_exec.Response(200, [b"a 1\n"], kind="text/plain", headers=(("X-More", "yes"),))
+        ctrl_exec.write_response(ctrl_exec.Channel(theirs), version, response, keep=False)
+        status, headers, body = read_reply(ours)
+    assert (status, body) == (200, b"a 1\n")
+    assert (headers["content-type"], headers["x-more"], headers["content-length"]) == ("text/plain", "yes", "4")
 
 
 @pytest.mark.skipif(not support.IS_ROOT, reason="needs root to give a key to a group")
