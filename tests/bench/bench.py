@@ -570,9 +570,11 @@ def measure_kept(bench, rounds):
         rounds * 5,
     )
     show_timings(timings)
-    cost = timings["/run of /bin/true"].median() - timings["/ping"].median()
-    bare = timings["subprocess.run of /bin/true"].median()
-    print("  run less ping: %.2f ms; less a bare subprocess.run: %.2f ms" % (cost, cost - bare))
+    for name in ("/run of /bin/true", "/run, one upon another"):
+        rows = zip(timings[name].wall, timings["/ping"].wall, timings["subprocess.run of /bin/true"].wall)
+        cost = statistics.median(run - ping - bare for run, ping, bare in rows)
+        verdict = "met" if cost < 3 else "missed"
+        print("  %s: record and supervisor cost %.2f ms (at most 3: %s)" % (name, cost, verdict))
     kept.socket.close()
 
 
