@@ -2741,10 +2741,11 @@ def _check_text(value: str, field: Field) -> None:
         raise BadRequest("field `%s` has half of a surrogate pair" % field.name, field.name) from None
 
 
-def parse_fields(data: bytes, fields: tuple) -> dict:
+def parse_fields(data: bytes, fields: tuple, loose: bool = False) -> dict:
     """The fields of a JSON body, checked against their rows; absent ones get their kind's empty value.
 
-    Unknown fields are ignored, so that a newer peer can say more. Raises BadRequest naming the field.
+    Unknown fields are ignored, so that a newer peer can say more. `loose` takes 60.0 for 60, as JSON Schema
+    does. Raises BadRequest naming the field.
     """
     body = parse_json(data) if data else {}
     values = {}
@@ -2754,8 +2755,8 @@ def parse_fields(data: bytes, fields: tuple) -> dict:
             if field.required:
                 raise BadRequest("field `%s` is missing" % field.name, field.name)
             value = field.kind()
-        if field.kind is int and type(value) is float and value.is_integer():
-            value = int(value)  # 60.0 is the same number in JSON
+        if loose and field.kind is int and type(value) is float and value.is_integer():
+            value = int(value)
         if type(value) is not field.kind:  # not isinstance: True is an int, and must not pass for one
             raise BadRequest("field `%s` must be %s" % (field.name, _KIND_NAMES[field.kind]), field.name)
         if field.kind is str:
@@ -9816,7 +9817,7 @@ class _Call:
         self.reqid = argument or self.reqid
         if request.body and not _is_json(request.headers.get("content-type", "")):
             raise UnsupportedMedia("the body must be application/json")
-        self.fields = parse_fields(request.body, self.operation.fields)
+        self.fields = parse_fields(request.body, self.operation.fields, loose=True)
         self.fields.update(_read_query(request, self.operation.query))
         self.username = self.fields["username"]
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
