@@ -728,7 +728,7 @@ class FileLock:
     `transient` removes the file on release, so that a directory of locks shows what is held.
     """
 
-    def __init__(self, path: str, transient: bool = False, mode: int = 0o660) -> None:
+    def __init__(self, path: str, transient: bool = False, mode: int = 0o600) -> None:
         self.path = path
         self._transient = transient
         self._mode = mode
@@ -2235,6 +2235,8 @@ def new_successor(openssl: OpenSSL, ca_cert: str, kind: str, name: str) -> CertI
     """Make the CA that will follow this one, and this one's word for it; goes on where an interrupted call
     has stopped. Raises TrustError when there is a successor already."""
     cert, key = next_path(ca_cert), next_path(ca_key_path(ca_cert))
+    if not os.path.exists(ca_cert):
+        raise TrustError("%s: no such file" % ca_cert, "there is no CA yet: ced setup-ca")
     if os.path.exists(endorsement_path(ca_cert)):
         raise TrustError("%s exists: the CA has a successor" % cert, "next: ced maintain, then ced retire-ca")
     new_key_file(openssl, key, kind)  # there may be one: nobody has believed it yet
@@ -3327,7 +3329,7 @@ class Server:
             response = Response(500, {"ok": False, "error": "internal error; see the log here"})
         connection.waiting = False
         connection.served += 1
-        keep = keep and not response.close
+        keep = keep and not response.close and not self._draining
         try:
             write_response(channel, version, response, keep, method == "HEAD")
         finally:
@@ -3468,7 +3470,8 @@ class Connection:
             raise TransportError(words, is_refusal=is_refusal(error)) from error
         except OSError as error:
             self.close()
-            raise TransportError("%s closed the connection during TLS" % self._name) from error
+            hint = "perhaps it has blocked this address: its log says so, and SIGHUP clears that"
+            raise TransportError("%s closed the connection during TLS" % self._name, hint=hint) from error
         self._channel = Channel(self._tls)
         self.is_kept = False  # whether the other end takes another request after the last answer
 
@@ -4802,7 +4805,7 @@ def recover_jobs(rules: JobRules) -> None:
     for name in names:
         if not _SLOT_NAME.fullmatch(name):
             continue
-        lock = FileLock(os.path.join(rules.locks_dir, name), mode=0o600)
+        lock = FileLock(os.path.join(rules.locks_dir, name))
         try:
             if lock.acquire():
                 _settle_holder(rules, lock)
@@ -4815,7 +4818,7 @@ def _take_slot(rules: JobRules, script: Script, request: JobRequest) -> FileLock
     """One of the script's `max_running` locks. Raises Busy. Held by the supervisor, it outlasts the agent."""
     make_directory(rules.locks_dir, 0o700)
     for number in range(script.max_running):
-        lock = FileLock(os.path.join(rules.locks_dir, "%s.%d" % (script.name, number)), mode=0o600)
+        lock = FileLock(os.path.join(rules.locks_dir, "%s.%d" % (script.name, number)))
         if lock.acquire():
             try:
                 _settle_holder(rules, lock)
@@ -4993,6 +4996,7 @@ def inspect_scripts(rules: JobRules) -> list:
     shown = []
     for script in rules.scripts.values():
         try:
+            check_profile(script.profile)
             executable = os.access(check_script(script, rules.script_dirs, rules.strict_modes), os.X_OK)
         except ScriptRefused:
             executable = False
@@ -5810,6 +5814,11 @@ def _recognise_self_ping(context: ssl.SSLContext, config: Config) -> None:
     context.sni_callback = look
 
 
+def find_agent_hook(config: Config) -> Optional[Hook]:
+    default = config.default_path(AGENT_ETC + "/auth-hook")
+    return find_hook(config.auth_hook, default, config.auth_hook_timeout)
+
+
 def load_bundle(config_path: str, root: str, previous: Optional[Bundle]) -> Bundle:
     """Load everything anew; sockets whose address did not change are kept. Raises ConfigError, TrustError."""
     config = load_config("agent", config_path, root)
@@ -5843,10 +5852,17 @@ def load_bundle(config_path: str, root: str, previous: Optional[Bundle]) -> Bund
         listeners = previous.listeners
     else:
         listeners = open_listeners(config.bind, config.port)
-    hook = find_hook(
-        config.auth_hook, config.default_path(AGENT_ETC + "/auth-hook"), config.auth_hook_timeout
+    return Bundle(
+        config,
+        listeners,
+        context,
+        rules,
+        trusted,
+        revoked,
+        find_agent_hook(config),
+        host,
+        iso_time(info.not_after),
     )
-    return Bundle(config, listeners, context, rules, trusted, revoked, hook, host, iso_time(info.not_after))
 
 
 # --- the front ------------------------------------------------------------------------------------------
@@ -6127,10 +6143,11 @@ class Front:
         return Response(200, dict(body, host=self._bundle.host, error=reason))
 
     def _ask_hook(self, caller: Caller, context: HookContext) -> None:
-        if self._bundle.hook is not None:
-            self._bundle.hook.decide(
-                context._replace(dispatcher=caller.dispatcher, dispatcher_serial=caller.serial)
-            )
+        hook = self._bundle.hook or find_agent_hook(
+            self._bundle.config
+        )  # one that was put there meanwhile counts
+        if hook is not None:
+            hook.decide(context._replace(dispatcher=caller.dispatcher, dispatcher_serial=caller.serial))
 
     def _pass_on(self, job: JobRequest, peer: Peer) -> tuple:
         """Give a request to a new supervisor: (its event, its answer in pieces).
@@ -6178,7 +6195,7 @@ def serve_agent(config_path: str, root: str) -> int:
     config = load_config("agent", config_path, root)
     state = config.default_path(AGENT_VAR)
     make_directory(state, 0o755)
-    lock = FileLock(os.path.join(state, "agent.lock"), mode=0o600)
+    lock = FileLock(os.path.join(state, "agent.lock"))
     try:
         os.chmod(lock.path, 0o600)  # who can open it can hold it: an older one may be open to all
     except FileNotFoundError:
@@ -6264,9 +6281,7 @@ def check_agent(config: Config) -> list:
                 findings.append(
                     Finding("WARN", "script %s runs as root" % script.name, "give it a profile with run_as")
                 )
-    hook = find_hook(
-        config.auth_hook, config.default_path(AGENT_ETC + "/auth-hook"), config.auth_hook_timeout
-    )
+    hook = find_agent_hook(config)
     if hook is not None:
         try_check(findings, "auth hook %s" % hook.path, lambda: check_hook(hook))
     return findings
@@ -6459,7 +6474,7 @@ def load_agents(directory: str) -> tuple:
 def registry_lock(directory: str) -> FileLock:
     """Held while an agent is added, changed or removed."""
     make_directory(directory, 0o750)
-    return FileLock(os.path.join(directory, ".lock"), mode=0o600)  # the HTTP API reads here, and never writes
+    return FileLock(os.path.join(directory, ".lock"))  # the HTTP API reads here, and never writes
 
 
 def save_agent(directory: str, agent: Agent) -> None:
@@ -6534,7 +6549,9 @@ def check_ip_address(text: str) -> None:
 def check_free_name(directory: str, name: str, renamed: str = "") -> None:
     """Raise TrustError when a name is taken, in upper or lower case, by a host or by a certificate: a host
     that was renamed still proves itself by the name in its certificate. `renamed` is the host that asks."""
-    hint = "choose another name, or give its place to the new one: ced approve ID --replace"
+    hint = "choose another name"
+    if not renamed:
+        hint += ", or give its place to the new one: ced approve ID --replace"
     for known in list_agent_names(directory):
         if known != renamed and known.lower() == name.lower():
             raise TrustError("%s is paired already" % known, hint)
@@ -6620,7 +6637,8 @@ def select_agents(directory: str, selection: Selection) -> tuple:
                 chosen.setdefault(agent.name, agent)
     agents = [agent for agent in chosen.values() if _has_tags(agent, selection.tags)]
     if not agents:
-        raise UnknownHost("no host is selected", "see: ced list-agents")
+        hint = "ced discovery learns the tags of hosts" if selection.tags else "see: ced list-agents"
+        raise UnknownHost("no host is selected", hint)
     if selection.port:
         agents = [agent._replace(port=selection.port) for agent in agents]
     return agents, problems
@@ -6764,7 +6782,7 @@ class HostLocks:
         """Take what can be had; the pairs that others hold."""
         conflicts = []
         for host in self._hosts:
-            lock = FileLock(_lock_path(self._directory, host, self._script), transient=True)
+            lock = FileLock(_lock_path(self._directory, host, self._script), transient=True, mode=0o660)
             if lock.acquire() or _acquire_again(lock):
                 holder = {"host": host, "script": self._script, "reqid": self._reqid}
                 lock.write(json.dumps(dict(holder, pid=os.getpid(), since=iso_time(now()))))
@@ -7119,7 +7137,7 @@ def use_token(directory: str, terms: PairingTerms, request: PairingRequest) -> s
     if not re.fullmatch(r"[0-9a-f]{8}", request.token_id) or not os.path.isdir(directory):
         raise refused
     path = os.path.join(directory, request.token_id + ".json")
-    with FileLock(os.path.join(directory, ".lock"), mode=0o600):
+    with FileLock(os.path.join(directory, ".lock")):
         try:
             token = PairingToken(**read_json_file(path))
         except (FileNotFoundError, StorageError, TypeError):
@@ -7577,7 +7595,13 @@ class PairingSession:
         )
         self._agent_nonce = new_id(NONCE_BYTES)
         self._token_id, _, self._secret = wish.token.partition(".")
-        self._connection = Connection(wish.dispatcher, wish.port, new_pairing_context(), HANDSHAKE_SECONDS)
+        try:
+            self._connection = Connection(
+                wish.dispatcher, wish.port, new_pairing_context(), HANDSHAKE_SECONDS
+            )
+        except TransportError as error:
+            error.hint = "is `ced pairing-mode` running there?"
+            raise
         body = dict(self._offer._asdict(), commit=pairing_commitment(self._agent_nonce, self._offer))
         if wish.token:
             body["token_id"] = self._token_id
@@ -8026,6 +8050,47 @@ class _Received:
             self._show(self._host, event["stream"], data)
 
 
+class HostSession:
+    """Requests to one host, one after the other, over one connection for as long as the host keeps it: an
+    agent closes it, for one, when it reloads what a request has changed. Only for what may be asked twice."""
+
+    def __init__(self, connect: Callable) -> None:
+        """`connect()` gives a Connection. Raises TransportError."""
+        self._connect = connect
+        self._connection = connect()
+        self._is_used = False
+
+    def request(self, method: str, path: str, body: Optional[dict], deadline: Deadline, limit: int) -> tuple:
+        """As `Connection.request`."""
+        was_used, self._is_used = self._is_used, True
+        if was_used and not self._connection.is_kept:
+            self._renew()
+            was_used = False
+        try:
+            return self._connection.request(method, path, body, deadline, True, limit)
+        except TransportError as error:
+            if not was_used or error.state == "timeout":
+                raise
+            self._renew()
+        return self._connection.request(method, path, body, deadline, True, limit)
+
+    def _renew(self) -> None:
+        self._connection.close()
+        self._connection = self._connect()
+
+    def peer_cert(self) -> Optional[PeerCert]:
+        return self._connection.peer_cert()
+
+    def peer_pem(self) -> bytes:
+        return self._connection.peer_pem()
+
+    def __enter__(self) -> "HostSession":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+
+
 class HostClient:
     """Speaks with hosts, one call to one host at a time; whatever happens comes back as a result."""
 
@@ -8040,6 +8105,9 @@ class HostClient:
     def load(self) -> None:
         """Be who the files say that we are, and refuse whom they refuse. Raises TrustError."""
         self._identity = dispatcher_identity(self._config)
+        if not os.path.exists(self._identity.cert):
+            hint = "first: ced setup-ca, ced setup-ctrl-exec"
+            raise TrustError("%s: no such file: there is no dispatcher here yet" % self._identity.cert, hint)
         self._context = new_client_context(self._identity)
         self._revoked = load_revoked(self._config.revoked_serials)
 
@@ -8069,22 +8137,20 @@ class HostClient:
     ) -> HostResult:  # fmt: skip
         """One request to one host, whatever happens, as a result; `seconds` instead of `read_timeout`.
 
-        After a good answer `then(agent, connection, is_current)` may go on over the same connection, and
-        returns the result's note; `is_current`: the agent trusts our present certificate.
+        After a good answer `then(agent, session, is_current)` may go on with the host, and returns the
+        result's note; `is_current`: the agent trusts our present certificate.
         """
 
         def exchange(context: Any) -> tuple:
             deadline = Deadline(seconds or self._config.read_timeout)
             limit = 16 * MAX_BODY if path == "/capabilities" else MAX_ANSWER  # sidecars are 64 KiB each
-            with self._connect(agent, context) as connection:
-                status, answer = connection.request(
-                    method, path, body, deadline, keep=then is not None, limit=limit
-                )
+            with HostSession(lambda: self._connect(agent, context)) as session:
+                status, answer = session.request(method, path, body, deadline, limit)
                 _check_known(status, answer)
                 state, error = judge(status, answer)
                 note = None
                 if then is not None and state == "ok":
-                    note = then(agent, connection, context is self._context)
+                    note = then(agent, session, context is self._context)
                 return state, error, answer, note
 
         return self._judge_safely(agent, reqid, lambda: self._as_known(agent, reqid, exchange))
@@ -8137,18 +8203,27 @@ class HostClient:
         for former in find_former(self._identity):
             try:
                 context = new_client_context(former)
-                with self._connect(agent, context) as connection:
+                with HostSession(lambda: self._connect(agent, context)) as session:
                     for path, body in requests:
                         deadline = Deadline(self._config.read_timeout)
-                        status, _ = connection.request("POST", path, body, deadline, keep=True)
+                        status, _ = session.request("POST", path, body, deadline, MAX_BODY)
                         if status in (404, 405):
                             return context
             except (TransportError, TrustError):
                 continue
             if status == 200:
                 LOG.event("rotate", REQID=reqid, HOST=agent.name, SERIAL=body["serial"], CHANGE="add")
+                self._remember_trust(agent, body["serial"])
                 return self._context
         return None
+
+    def _remember_trust(self, agent: Agent, serial: str) -> None:
+        """Note in the registry that a host has heard of our present certificate."""
+        directory = self._config.registry_dir
+        if os.access(
+            directory, os.W_OK
+        ):  # the HTTP API may read it only; the next `ced ping` sees for itself
+            update_agent(directory, agent.name, lambda known: with_trust(known, serial))
 
     def fetch(self, agent: Agent, reqid: str, wait: float) -> HostResult:
         """Ask for a result, which the agent may take `wait` seconds to give."""
@@ -8245,6 +8320,15 @@ def _update_request(record: RequestRecord, results: list, is_first: bool = False
         hosts[result.host] = Outcome(result.state, exit_status, result.error)
     has_ended = all(outcome.state not in OPEN_STATES for outcome in hosts.values())
     return record._replace(hosts=hosts, finished=record.finished or (iso_time(now()) if has_ended else ""))
+
+
+def _as_ended(result: HostResult) -> HostResult:
+    """What an answer to /cancel says of how the run went, if it has ended."""
+    if result.state not in ("cancelled", "done") or type(result.answer.get("exit")) is not int:
+        return result
+    answer = dict(result.answer, **dict.fromkeys(STREAMS, ""))
+    state, error = judge_run(200, answer)
+    return result._replace(state=state, error=error, answer=answer)
 
 
 def _explain(result: HostResult) -> HostResult:
@@ -8381,7 +8465,7 @@ class Dispatcher:
         """Add what hosts have said to a request's record as it is now: others may have written it meanwhile,
         and what they know must not be forgotten."""
         try:
-            with FileLock(os.path.join(self._config.runs_dir, ".lock")):
+            with FileLock(os.path.join(self._config.runs_dir, ".lock"), mode=0o660):
                 latest = get_request(self._config.runs_dir, record.reqid)
                 changed = _update_request(latest, results)
                 if changed != latest:
@@ -8512,7 +8596,13 @@ class Dispatcher:
             return self.client.call(agent, record.reqid, "POST", "/cancel", body, judge_cancel, seconds)
 
         yield from others
-        yield from self._each(agents, "cancel", work) if agents else ()
+        results: list = []
+        try:
+            for result in self._each(agents, "cancel", work) if agents else ():
+                results.append(result)
+                yield result
+        finally:
+            self._note(record, [_as_ended(result) for result in results])
 
 
 # --- results as JSON --------------------------------------------------------------------------------------
@@ -8768,7 +8858,7 @@ def check_dispatcher(config: Config) -> list:
 # 21. UPKEEP
 # Owns:  trust that looks after itself: agents' certificates are renewed, the dispatcher's is rotated, the CA
 #        is replaced, revoked dispatchers are made known; and who has heard of what.
-# Uses:  HEAD, ERRORS, GROUND, SETTINGS, OPENSSL, TRUST, CLIENT, REGISTRY, PAIRING, DISPATCH
+# Uses:  HEAD, ERRORS, GROUND, SETTINGS, OPENSSL, TRUST, REGISTRY, PAIRING, HOSTS, DISPATCH
 # On disk: rotation.json, upkeep.lock; the dispatcher's .next and .former-SERIAL certificates and keys
 #
 #   The dispatcher's certificate changes in steps, each of which a call that was killed can go on from:
@@ -8837,24 +8927,25 @@ class _Visit(NamedTuple):
     """One agent, over a connection that is open."""
 
     agent: Agent
-    connection: Connection
+    session: HostSession
     reqid: str
     seconds: float
 
     def ask(self, path: str, **body: str) -> tuple:
         """One more request: (status, answer). Raises TransportError."""
         body["reqid"] = self.reqid
-        return self.connection.request("POST", path, body, Deadline(self.seconds), keep=True)
+        return self.session.request("POST", path, body, Deadline(self.seconds), MAX_BODY)
 
-    def rotate(self, action: str, serial: str) -> bool:
-        """Have the agent trust a serial, trust it no more, or revoke it; whether it has."""
+    def rotate(self, action: str, serial: str) -> None:
+        """Have the agent trust a serial, trust it no more, or revoke it. Raises Denied when it does not."""
         status, answer = self.ask("/rotate-serial", action=action, serial=serial)
         if status == 400 and action == "revoke":  # its release knows only the first two
             status, answer = self.ask("/rotate-serial", action="remove", serial=serial)
+        if status in (404, 405):
+            raise Denied("it runs an older agent, which cannot be told of certificates")
         if status != 200:
-            error = _quote_error(status, answer)
-            LOG.event("rotate", HOST=self.agent.name, SERIAL=serial, CHANGE=action, ERROR=error)
-        return status == 200
+            words = {"add": "to trust", "remove": "to give up", "revoke": "to refuse"}[action], serial
+            raise Denied("it was asked %s %s: %s" % (*words, _quote_error(status, answer)))
 
 
 class Caretaker:
@@ -8883,13 +8974,13 @@ class Caretaker:
     def _update(self, visit: _Visit, change: Callable) -> None:
         update_agent(self._config.registry_dir, visit.agent.name, change)
 
-    def tend(self, agent: Agent, connection: Connection, is_current: bool) -> Optional[Finding]:
-        """Do what is due on a host over a connection to it, and say what was done. Fits `HostClient.call`."""
-        visit = _Visit(agent, connection, new_id(), self._config.read_timeout)
+    def tend(self, agent: Agent, session: HostSession, is_current: bool) -> Optional[Finding]:
+        """Do what is due on a host that has just answered, and say what was done. Fits `HostClient.call`."""
+        visit = _Visit(agent, session, new_id(), self._config.read_timeout)
         try:
             self._confirm(visit, is_current)
             finding = self._renew(visit)
-            if is_current and connection.is_kept:
+            if is_current:
                 self._spread(visit)
             return finding
         except CtrlExecError as error:
@@ -8898,7 +8989,7 @@ class Caretaker:
 
     def _confirm(self, visit: _Visit, is_current: bool) -> None:
         """Note which certificates the two of us have proved to each other, if the registry says otherwise."""
-        agent, cert = visit.agent, visit.connection.peer_cert()
+        agent, cert = visit.agent, visit.session.peer_cert()
         if agent.serial != cert.serial or not agent.expiry:
             shown = CertInfo(cert.serial, cert.common_name, cert.names, cert.not_before, cert.not_after)
             issuer = agent.issued.get(cert.serial, ("", ""))[1]
@@ -8913,7 +9004,7 @@ class Caretaker:
         """Renew a host's certificate and tell it of the CAs, where that is due."""
         agent = visit.agent
         reason = self._renewal_reason(visit)
-        has_news = agent.cas != self.cas and bool(self.handover or agent.cas) and visit.connection.is_kept
+        has_news = agent.cas != self.cas and bool(self.handover or agent.cas)
         if not (reason or has_news) or (self._was_tried(agent) and not self._eager):
             return None
         if reason and not os.access(ca_key_path(self.signer), os.R_OK):
@@ -8921,12 +9012,12 @@ class Caretaker:
         self._update(visit, lambda known: known._replace(renewal_tried=iso_time(now())))
         certificate = self._make_certificate(visit) if reason else ""
         if reason and not certificate:
-            until = iso_time(visit.connection.peer_cert().not_after)[:10]
+            until = iso_time(visit.session.peer_cert().not_after)[:10]
             return Finding("WARN", "it runs an older agent: pair it again before %s" % until)
         return self._deliver(visit, certificate)
 
     def _renewal_reason(self, visit: _Visit) -> str:
-        cert = visit.connection.peer_cert()
+        cert = visit.session.peer_cert()
         if self.handover and visit.agent.issuer != self.issuer:
             return "the CA is replaced"
         return "past half its life" if now() > (cert.not_before + cert.not_after) / 2 else ""
@@ -8940,14 +9031,14 @@ class Caretaker:
     def _make_certificate(self, visit: _Visit) -> str:
         """A certificate for the key that the agent has just proved to hold and the name that it is registered
         for; nothing when its release cannot renew. Raises TrustError."""
-        status, answer = visit.ask("/renew") if visit.connection.is_kept else (404, {})
+        status, answer = visit.ask("/renew")
         if status in (404, 405):
             return ""
         csr = answer.get("csr")
         if status != 200 or type(csr) is not str:
             raise TrustError("it gave no certificate request: %s" % _quote_error(status, answer))
         self._openssl.check_request(csr)
-        if self._openssl.request_key(csr) != self._openssl.public_key(visit.connection.peer_pem()):
+        if self._openssl.request_key(csr) != self._openssl.public_key(visit.session.peer_pem()):
             raise TrustError("its certificate request is for another key than it holds")
         name, days = visit.agent.cert_name, self._config.cert_days
         pem = self._openssl.sign(csr, name, "agent", days, self.signer, ca_key_path(self.signer))
@@ -8964,6 +9055,8 @@ class Caretaker:
         if certificate:
             body["cert"] = certificate
         status, answer = visit.ask("/renew-complete", **body)
+        if status in (404, 405):
+            raise Denied("it runs an older agent, which cannot be told of the CA's successor")
         if status != 200:
             raise TrustError("it refused the renewal: %s" % _quote_error(status, answer))
         if "ca" in body:
@@ -8983,14 +9076,17 @@ class Caretaker:
         """Tell a host of our certificates that come and go, and of dispatchers that are revoked."""
         name = visit.agent.name
         if self.next_serial and visit.agent.dispatcher_serial != self.next_serial:
-            if visit.rotate("add", self.next_serial):
-                self._update(visit, lambda known: with_trust(known, self.next_serial))
+            visit.rotate("add", self.next_serial)
+            self._update(visit, lambda known: with_trust(known, self.next_serial))
         for serial, entry in self.rotation.former.items():
-            if self.is_overlap_over(entry) and name not in entry["gone"] and visit.rotate("remove", serial):
+            if self.is_overlap_over(entry) and name not in entry["gone"]:
+                visit.rotate("remove", serial)
                 self._hear("former", serial, name)
         for serial, entry in self.rotation.revoked.items():
-            if name not in entry["told"] and visit.rotate("revoke", serial):
+            if name not in entry["told"]:
+                visit.rotate("revoke", serial)
                 self._hear("revoked", serial, name)
+                self._hear("former", serial, name)
 
     def is_overlap_over(self, entry: dict) -> bool:
         """Whether a former certificate need not be trusted any more."""
@@ -9015,6 +9111,9 @@ class Caretaker:
 
         if heard:
             self.rotation = edit_rotation(rotation_path(self._config), edit)
+
+
+_IF_SURE = "is it whole? to refuse it all the same: --force"
 
 
 def _serial_status(agent: Agent, serials: tuple) -> str:
@@ -9048,7 +9147,7 @@ class Upkeep:
         """Held by whoever changes the dispatcher's certificate or the CA. Raises Unavailable."""
         path = self._config.default_path(VAR + "/upkeep.lock")
         make_directory(os.path.dirname(path), 0o755)
-        lock = FileLock(path, mode=0o600)
+        lock = FileLock(path)
         if not lock.acquire():
             raise Unavailable("another ced looks after certificates now", "try again when it has ended")
         return lock
@@ -9083,10 +9182,12 @@ class Upkeep:
         """Finish what an interrupted call has left."""
         settle_next(self._openssl, self._identity.cert, self._identity.key)
         self._caretaker.load()
-        kept = {read_serial(former.cert) for former in find_former(self._identity)}
-        missing = kept - {self._caretaker.serial} - set(self._caretaker.rotation.former)
-        if missing:
-            self._remember_former(missing)
+        kept = {read_serial(former.cert) for former in find_former(self._identity)} - {self._caretaker.serial}
+        known = self._caretaker.rotation.former
+        if kept != set(known):  # a call was killed, or somebody has moved files away
+            former = {serial: entry for serial, entry in known.items() if serial in kept}
+            self._edit(lambda rotation: rotation._replace(former=former))
+            self._remember_former(kept - set(known))
 
     def _remember_former(self, serials: Iterable) -> None:
         since = iso_time(now())
@@ -9141,10 +9242,11 @@ class Upkeep:
         update_agent(self._config.registry_dir, name, lambda agent: agent._replace(serial_status=status))
 
     def _retire_former(self) -> list:
-        """After the overlap: drop a former certificate that no host trusts any more; name those that do."""
+        """Drop a former certificate that no host trusts any more; after the overlap, name those that do."""
         findings = []
+        names = {agent.name for agent in self._agents()}
         for serial, entry in sorted(self._caretaker.rotation.former.items()):
-            if self._caretaker.is_overlap_over(entry):
+            if self._caretaker.is_overlap_over(entry) or (names and names <= set(entry["gone"])):
                 findings += self._retire_one(serial, set(entry["gone"]))
         return findings
 
@@ -9201,7 +9303,7 @@ class Upkeep:
             return []
         found = self._dependents()
         if not found:
-            return [Finding("WARN", "nobody depends on the CA that is being replaced", "ced retire-ca")]
+            return [Finding("OK", "nobody depends on the CA that is being replaced: ced retire-ca")]
         return [Finding("WARN", "the CA is being replaced; still depend on it: %s" % ", ".join(found))]
 
     def retire_ca(self) -> list:
@@ -9227,8 +9329,19 @@ class Upkeep:
         finally:
             lock.release()
 
-    def revoke_dispatcher(self, serial: str) -> list:
-        """Have every host refuse a dispatcher's certificate, and report which do. Raises TrustError."""
+    def is_known(self, serial: str) -> bool:
+        """Whether a serial is or was one of this dispatcher's, as far as is remembered."""
+        rotation = self._caretaker.rotation
+        trusted = {agent.dispatcher_serial for agent in self._agents()}
+        return serial in {*rotation.former, *rotation.revoked, *trusted, self._caretaker.serial}
+
+    def revoke_dispatcher(self, serial: str, is_sure: bool) -> list:
+        """Have every host refuse a dispatcher's certificate, and report which do; `is_sure`: also one that is
+        not known here. Raises TrustError, UsageError."""
+        if not is_sure and not self.is_known(serial):
+            raise UsageError(
+                "this dispatcher has had no certificate %s, as far as it remembers" % serial, _IF_SURE
+            )
         if serial in (self._caretaker.serial, self._caretaker.next_serial):
             raise TrustError("%s is the certificate in use here" % serial, "first: ced rotate-cert")
         entry = {"since": iso_time(now()), "told": []}
@@ -9237,7 +9350,7 @@ class Upkeep:
         findings = self._visit_all()
         told = self._caretaker.rotation.revoked[serial]["told"]
         findings += [Finding("OK", "%s: it refuses %s" % (name, serial)) for name in told]
-        return findings + self._report_revoked()
+        return findings + self._report_revoked() + self._retire_former()
 
     def _report_revoked(self) -> list:
         findings = []
@@ -9245,7 +9358,7 @@ class Upkeep:
             left = [agent.name for agent in self._agents() if agent.name not in entry["told"]]
             if left:
                 what = "dispatcher serial %s is not refused yet by %s" % (serial, ", ".join(left))
-                findings.append(Finding("WARN", what, "ced maintain tells them when they answer"))
+                findings.append(Finding("FAIL", what, "ced maintain tells them when they answer"))
         return findings
 
     # --- all of it, and a look at it -----------------------------------------------------------------------
@@ -9311,15 +9424,19 @@ class Upkeep:
         return dict(body, ca_dependents=self._dependents() if care.handover else None)
 
 
-def revoke_agent(config: Config, who: str) -> list:
+def revoke_agent(config: Config, who: str, is_sure: bool = False) -> list:
     """Refuse the certificates of a host, or a single one by its serial, from now on; the serials refused.
-    Raises UsageError, StorageError, TrustError."""
+    `is_sure`: also a serial that no registered host has. Raises UsageError, StorageError, TrustError."""
     agent = find_agent(config.registry_dir, who) if HOST_NAME.fullmatch(who) else None
     try:
         serials = list_serials(agent) if agent is not None else [parse_serial(who)]
     except ValueError:
         hint = "a name of `ced list-agents`, or a serial"
         raise UsageError("%s is neither a registered host nor a serial" % one_line(who[:80]), hint) from None
+    if agent is None and not is_sure:
+        known = {serial for one in load_agents(config.registry_dir)[0] for serial in list_serials(one)}
+        if serials[0] not in known:
+            raise UsageError("no registered host has a certificate %s" % serials[0], _IF_SURE)
     add_revoked(config.revoked_serials, serials, "revoked: %s" % who)
     LOG.event("revoked-cert", NAME=who, SERIALS=",".join(serials))
     return serials
@@ -10484,8 +10601,8 @@ def cmd_revoke(args: Any, config: Config) -> int:
             serial = parse_serial(args.name)
         except ValueError as error:
             raise UsageError(str(error), "`ced serial-status` shows them") from None
-        return _report_upkeep(args, Upkeep(config, Dispatcher(config)).revoke_dispatcher(serial))
-    serials = revoke_agent(config, args.name)
+        return _report_upkeep(args, Upkeep(config, Dispatcher(config)).revoke_dispatcher(serial, args.force))
+    serials = revoke_agent(config, args.name, args.force)
     if args.json:
         _say_json({"ok": True, "revoked": serials})
     else:
@@ -11006,9 +11123,15 @@ def _run_on_hosts(args: Any, opened: _Opened, request: RunRequest) -> list:
     return results
 
 
+_RUN_USAGE = "ced run HOST... SCRIPT [-- ARG...]"
+
+
 def cmd_run(args: Any, config: Config) -> int:
     if not args.hosts:
-        raise UsageError("no script is named", "ced run HOST... SCRIPT [-- ARG...]")
+        raise UsageError("no script is named", _RUN_USAGE)
+    if len(args.hosts) == 1 and not (args.all or args.tags or args.file):
+        shown = one_line(args.hosts[0][:80])
+        raise UsageError("`%s` is taken for the script, and no host is named" % shown, _RUN_USAGE)
     if args.stream and getattr(args, "async"):
         raise UsageError("--async and --stream do not go together", "start with --async, then: ced follow ID")
     *words, script = args.hosts
@@ -11212,7 +11335,8 @@ def _finish_pairing(config: Config, session: PairingSession, state: PairingState
     try:
         decision = session.wait()
         if ask and not _confirm("Does the dispatcher show the code %s? [y/N] " % _spaced(session.code)):
-            raise PairingDenied("the code was not confirmed here; nothing is stored")
+            hint = "deny it there too, or: ced unpair; then ask again"
+            raise PairingDenied("the code was not confirmed here; nothing is stored", hint)
         info = session.store(decision)
     except PairingTimeout as error:
         write_pairing_state(config, state._replace(status="timed out", reason=error.message))
@@ -11363,7 +11487,7 @@ def cmd_pairing_status(args: Any, config: Config) -> int:
             say("not paired")
     if args.id:
         return {"stored": 0, "waiting": 2}.get(states[0].status, 1)
-    return 0 if paired else 2 if states and states[0].status == "waiting" else 1
+    return 0 if paired else 2 if any(state.status == "waiting" for state in states) else 1
 
 
 # --- HTTP API -------------------------------------------------------------------------------------------
@@ -11384,6 +11508,18 @@ def cmd_check_api(args: Any, config: Config) -> int:
 def _option(*flags: str, **details: Any) -> tuple:
     """One row of a verb's options, in argparse's words."""
     return flags, details
+
+
+def _named_type(flag: str, parse: Callable) -> Callable:
+    """A parser of values whose complaints name the option."""
+
+    def parse_named(text: str) -> Any:
+        try:
+            return parse(text)
+        except UsageError as error:
+            raise UsageError("%s: %s" % (flag, error.message), error.hint) from None
+
+    return parse_named
 
 
 def _count_option(text: str) -> int:
@@ -11536,6 +11672,7 @@ COMMANDS = (
     Command("dispatcher", "revoke", "refuse a certificate: revoke NAME|SERIAL", (
         _option("name", metavar="NAME|SERIAL"),
         _option("--dispatcher", action="store_true", help="a dispatcher's: every host is told to refuse it"),
+        _option("--force", action="store_true", help="also a serial that is not known here"),
         _JSON,
     ), cmd_revoke),
     Command("dispatcher", "check", "check files, certificates, registry and hosts", (_JSON,), cmd_check),
@@ -11603,7 +11740,10 @@ def _parse_options(command: Command, program: str, words: list) -> tuple:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> None:
-            raise UsageError(message, "%s %s --help" % (program, command.name))
+            hint = "%s %s --help" % (program, command.name)
+            if command.name == "run" and message.startswith("unrecognized"):
+                hint = "arguments of the script go after --: " + _RUN_USAGE
+            raise UsageError(message, hint)
 
     parser = Parser(
         prog="%s %s" % (program, command.name),
@@ -11615,6 +11755,8 @@ def _parse_options(command: Command, program: str, words: list) -> tuple:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100),
     )
     for flags, details in command.options + _GLOBALS:
+        if "type" in details:
+            details = dict(details, type=_named_type(flags[-1], details["type"]))
         parser.add_argument(*flags, **details)
     script_args: list = []
     if command.name == "run" and "--" in words:

@@ -641,7 +641,7 @@ TimeoutStopSec=90
 # An auth hook runs in here, too: what it needs beyond this, \`systemctl edit\` can give.
 ProtectSystem=strict
 ReadWritePaths=/var/lib/ctrl-exec/locks /var/lib/ctrl-exec/runs
-InaccessiblePaths=-/etc/ctrl-exec/ca.key -/var/lib/ctrl-exec/pairing-tokens
+InaccessiblePaths=-/etc/ctrl-exec/ca.key -/etc/ctrl-exec/ca.next.key -/var/lib/ctrl-exec/pairing-tokens
 ProtectHome=yes
 PrivateTmp=yes
 PrivateDevices=yes

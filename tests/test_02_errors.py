@@ -37,6 +37,7 @@ CONTRACT = {
     "TrustError": (1, 500, "trust"),
     "Unavailable": (1, 503, "unavailable"),
     "UnknownHost": (2, 404, "unknown-host"),
+    "UnsupportedMedia": (1, 415, "media-type"),
     "UsageError": (2, 400, "usage"),
 }
 

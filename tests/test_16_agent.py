@@ -195,6 +195,7 @@ def test_ping_answers_who_it_is_and_until_when(deployment):
         deployment["alpha"].port, support.dispatcher_context(deployment.control), "/ping", {"reqid": "abc"}
     )
     info = ctrl_exec.OpenSSL().read_certificate(deployment["alpha"].config.cert)
+    assert abs(ctrl_exec.parse_iso_time(answer.pop("time")) - ctrl_exec.now()) < 60
     assert (status, answer) == (200, {
         "status": "ok", "host": "alpha", "version": ctrl_exec.__version__, "staged": False, "reqid": "abc",
         "expiry": ctrl_exec.iso_time(info.not_after),
@@ -317,8 +318,8 @@ def test_a_stream_ends_with_the_connection_for_a_client_of_http_1_0(site, host):
             data += piece
     head, _, answer = data.partition(b"\r\n\r\n")
     assert b"chunked" not in head.lower()
-    events = [json.loads(line) for line in answer.splitlines()]
-    assert [event["event"] for event in events] == ["output", "end"]
+    beat, *events = [json.loads(line) for line in answer.splitlines()]
+    assert (beat, [event["event"] for event in events]) == ({"event": "beat"}, ["output", "end"])
     assert (events[0]["data"], events[1]["exit"]) == ("hello\n", 0)
 
 

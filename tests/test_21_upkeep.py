@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import os
-import random
 import shutil
 import signal
 import ssl
@@ -19,6 +18,8 @@ import peers
 import pytest
 import support
 from support import wait_until
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # `ced` forks
 
 OPENSSL = ctrl_exec.OpenSSL()
 DAY = 86400.0
@@ -38,7 +39,7 @@ class Done(NamedTuple):
 
 
 def ced(control, *words, clock=0.0, change=None):
-    """One `ced` in a child of this process, its clock ahead by `clock` seconds; `change()` prepares the child.
+    """One `ced` in a child of this process, its clock `clock` seconds ahead; `change()` prepares the child.
 
     A child that was killed has a negative status."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -171,10 +172,10 @@ def overwrite(path, data):
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     with support.Deployment(tmp_path_factory.mktemp("upkeep"), ("alpha", "beta")) as made:
+        care = ctrl_exec.Caretaker(made.control.config)
         for host in made.hosts.values():  # what pairing writes down, and Control.register does not
-            care = ctrl_exec.Caretaker(made.control.config)
             fact = lambda agent: agent._replace(cas=care.cas, issuer=care.issuer)  # noqa: E731
-            edit(made, host.name, lambda agent: ctrl_exec.with_trust(fact(agent), care.serial))  # noqa: B023
+            edit(made, host.name, lambda agent: ctrl_exec.with_trust(fact(agent), care.serial))
         made.saved = Saved(made)
         yield made
 
@@ -249,7 +250,8 @@ def age_dispatcher(site, days):
 
 
 def put_map(host, entries):
-    overwrite(host.config.trusted_dispatchers_path, "".join("%s %s\n" % one for one in entries.items()).encode())
+    text = "".join("%s %s\n" % one for one in entries.items())
+    overwrite(host.config.trusted_dispatchers_path, text.encode())
     assert "RESULT=ok" in host.reload()
 
 
@@ -274,10 +276,12 @@ def ping(site, *names, **how):
 
 def assert_all_answer(site):
     answers = ping(site)
-    assert {name: answer["status"] for name, answer in answers.items()} == dict.fromkeys(site.hosts, "ok"), answers
+    states = {name: answer["status"] for name, answer in answers.items()}
+    assert states == dict.fromkeys(site.hosts, "ok"), answers
 
 
 def findings(done):
+    assert done.json["ok"] in (True, False) and "findings" in done.json, done
     return [finding["level"] + " " + finding["what"] for finding in done.json["findings"]]
 
 
@@ -316,7 +320,8 @@ def conversing(answer, version="1.1"):
                 if reply is None:
                     return
                 data = json.dumps(reply[1]).encode()
-                tls.sendall(b"HTTP/%s %d X\r\nContent-Length: %d\r\n\r\n%s" % (version.encode(), reply[0], len(data), data))
+                words = (version.encode(), reply[0], len(data), data)
+                tls.sendall(b"HTTP/%s %d X\r\nContent-Length: %d\r\n\r\n%s" % words)
                 if version == "1.0":
                     return
 
@@ -482,8 +487,8 @@ def test_every_serial_ever_issued_to_a_host_is_refused(site, verb):
     alpha, control = site["alpha"], site.control
     first, old = age(site, "alpha"), read(alpha.config.cert)
     csr = OPENSSL.new_request(alpha.config.key, "alpha")
-    routes = {"POST /ping": (200, GOOD_PING), "POST /renew": (200, {"csr": csr}), "POST /renew-complete": None}
-    with impostor(site, "alpha", lambda asked, *_: routes[asked]):
+    routes = {"POST /ping": (200, GOOD_PING), "POST /renew": (200, {"csr": csr})}
+    with impostor(site, "alpha", lambda asked, *_: routes.get(asked)):
         ping(site, "alpha")
     (failed,) = set(entry(site, "alpha").issued) - {first}
     assert any("renewed" in line for line in maintain(site))
@@ -533,7 +538,8 @@ def test_the_revocation_list_is_read_again_by_every_ced_and_a_bad_one_refuses_ev
 
 def test_list_agents_shows_days_left_in_colour_near_the_end(site):
     for name, days in (("alpha", 29), ("beta", 13)):
-        edit(site, name, lambda agent: agent._replace(expiry=ctrl_exec.iso_time(time.time() + days * DAY + 60)))
+        expiry = ctrl_exec.iso_time(time.time() + days * DAY + 60)
+        edit(site, name, lambda agent: agent._replace(expiry=expiry))
 
     def on_terminal():
         ctrl_exec._is_terminal = lambda: True
@@ -555,7 +561,8 @@ def test_a_rotation_reaches_every_host_and_nothing_is_paired_again(site):
     shown = findings(well(ced(site.control, "rotate-cert", "--json")))
     new = site.control.serial()
     assert new != old and [line for line in shown if line.startswith("OK certificate %s is in use" % new)]
-    assert read(site.control.config.key) != key and os.stat(site.control.config.key).st_mode & 0o777 == 0o600
+    assert read(site.control.config.key) != key
+    assert os.stat(site.control.config.key).st_mode & 0o777 == 0o600
     for host in site.hosts.values():
         assert trusted(host) == {old: "control", new: "control"}
         (line,) = host.events("rotate")
@@ -588,10 +595,18 @@ def test_nothing_changes_while_no_host_can_be_told(site):
     assert site.control.serial() == coming
 
 
-def forget(site, name, serials):
-    """An agent that was off when these were replaced: it trusts the first alone."""
-    put_map(site[name], {serials[0]: "control"})
-    edit(site, name, lambda agent: agent._replace(dispatcher_serial=serials[0], serial_status="pending"))
+def test_without_the_cas_key_a_rotation_changes_nothing_and_says_why(site):
+    config, serial = site.control.config, site.control.serial()
+    os.unlink(ctrl_exec.ca_key_path(config.ca))
+    done = ced(site.control, "rotate-cert")
+    assert done.returncode == 1 and "ca.key" in done.err and site.control.serial() == serial
+    assert_all_answer(site)
+
+
+def forget(site, name, serial):
+    """An agent that was off when this was replaced: it trusts nothing else."""
+    put_map(site[name], {serial: "control"})
+    edit(site, name, lambda agent: agent._replace(dispatcher_serial=serial, serial_status="pending"))
 
 
 def test_a_host_that_was_off_is_reached_by_every_verb_and_told(site):
@@ -601,21 +616,20 @@ def test_a_host_that_was_off_is_reached_by_every_verb_and_told(site):
     assert "beta: it has not heard of it, and will at the next contact" in done.out
     new = site.control.serial()
     done = ced(site.control, "serial-status")
-    assert done.returncode == 1 and [line.split()[:3] for line in done.out.splitlines()[-1:]] == [["beta", "pending", old]]
+    assert done.returncode == 1 and done.out.splitlines()[-1].split()[:3] == ["beta", "pending", old]
     site["beta"].start()
     reqid = well(ced(site.control, "run", "beta", "hello", "--async", "--json")).json["reqid"]
     assert trusted(site["beta"]) == {old: "control", new: "control"}
+    path = os.path.join(site.control.config.runs_dir, reqid + ".json")
+    unfinished = read(path)
     wait_until(lambda: site["beta"].record(reqid)["status"] == "done")
     for words in (
-        ("ping", "beta"), ("run", "beta", "hello"), ("run", "beta", "hello", "--stream"), ("discovery", "beta"),
-        ("cancel", reqid), ("status", reqid), ("wait", reqid),
+        ("ping", "beta"), ("run", "beta", "hello"), ("run", "beta", "hello", "--stream"),
+        ("discovery", "beta"), ("cancel", reqid), ("status", reqid), ("wait", reqid),
     ):  # fmt: skip
-        forget(site, "beta", [old])
+        forget(site, "beta", old)
         if words[0] in ("status", "wait", "cancel"):  # of a run whose end is not known here yet
-            path = os.path.join(site.control.config.runs_dir, reqid + ".json")
-            record = json.loads(read(path))
-            record["hosts"]["beta"]["state"] = "accepted"
-            overwrite(path, json.dumps(dict(record, finished="")).encode())
+            overwrite(path, unfinished)
         done = well(ced(site.control, *words))
         assert "mismatch" not in done.out and trusted(site["beta"]) == {old: "control", new: "control"}, words
     well(ced(site.control, "ping", "beta"))
@@ -672,9 +686,12 @@ def test_a_host_that_trusts_only_an_expired_certificate_is_named_with_the_way_ou
 def test_maintain_rotates_when_fewer_than_cert_renewal_days_remain(site):
     old = age_dispatcher(site, 274)
     assert maintain(site) == ["OK nothing is due"]
-    assert ced(site.control, "maintain", "--if-due", clock=3600).out == ""
     old = age_dispatcher(site, 276)
-    assert "is in use until" in ced(site.control, "maintain", "--if-due", clock=15000).out
+    assert ced(site.control, "maintain", "--if-due", clock=3600).out == ""
+    path = ctrl_exec.rotation_path(site.control.config)
+    checked = ctrl_exec.iso_time(time.time() - 14500)
+    ctrl_exec.edit_rotation(path, lambda rotation: rotation._replace(checked=checked))
+    assert "is in use until" in ced(site.control, "maintain", "--if-due").out
     new = site.control.serial()
     assert new != old and trusted(site["alpha"]) == {old: "control", new: "control"}
     assert maintain(site) == ["OK nothing is due"]
@@ -691,9 +708,7 @@ def test_rotating_three_times_before_a_host_has_heard_of_the_first_is_safe(site)
     assert well(ced(site.control, "run", "--all", "hello")).returncode == 0
     assert trusted(site["beta"]) == {serials[0]: "control", serials[3]: "control"}
     shown = maintain(site, clock=31 * DAY)
-    assert [line for line in shown if line.endswith("is retired")] == [
-        "OK certificate %s is retired" % serial for serial in sorted(serials[:3])
-    ]
+    assert shown == ["OK certificate %s is retired" % serial for serial in sorted(serials[:3])]
     assert trusted(site["alpha"]) == trusted(site["beta"]) == {serials[3]: "control"}
 
 
@@ -701,7 +716,7 @@ def test_a_host_that_is_renewed_and_told_in_the_same_visit_hears_of_both(site):
     for name in site.hosts:
         age(site, name)
     shown = findings(ced(site.control, "rotate-cert", "--json"))
-    assert sum("its certificate is renewed" in line for line in shown) == 2
+    assert sum("its certificate is renewed" in line for line in shown) == 2, shown
     new = site.control.serial()
     assert [new in trusted(host) for host in site.hosts.values()] == [True, True], shown
 
@@ -728,7 +743,274 @@ def test_fields_of_other_releases_in_rotation_json_stay(site):
 
 
 def test_only_one_ced_changes_certificates_at_a_time(site):
-    with ctrl_exec.Upkeep(site.control.config, ctrl_exec.Dispatcher(site.control.config))._alone():
+    with ctrl_exec.FileLock(site.control.file(ctrl_exec.VAR + "/upkeep.lock")):
         for verb in ("rotate-cert", "maintain"):
             done = ced(site.control, verb)
             assert done.returncode == 1 and "another ced looks after certificates now" in done.err
+
+
+# --- 3. the CA is replaced -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair(site):
+    """A function that pairs a host by a token: pair("gamma"); a name that is registered is paired anew."""
+    control = site.control
+
+    def make(name):
+        host = site.hosts.get(name)
+        if host is None:
+            host = support.Host(tempfile.mkdtemp(dir=site.top), name, "rate_limit_disable = yes\n")
+            os.chmod(host.root, 0o755)
+            host.script("hello", "echo hello\n")
+        known = ctrl_exec.find_agent(control.config.registry_dir, name)
+        if known is not None:
+            with ctrl_exec.registry_lock(control.config.registry_dir):
+                ctrl_exec.remove_agent(control.config.registry_dir, name)
+        token = control.json("pairing-token")[1]["token"]
+        desk = control.open_pairing()
+        words = ("--dispatcher", "127.0.0.1:%d" % desk.port, "--name", name)
+        done = host.run("request-pairing", *words, env={"CTRL_EXEC_PAIRING_TOKEN": token})
+        desk.stdin.close()
+        desk.terminate()
+        desk.wait(20)
+        desk.stdout.close()
+        assert done.returncode == 0, done.out + done.err
+        if host.process is None:
+            site.hosts[name] = host
+            host.start()
+        return host
+
+    return make
+
+
+def steady(site):
+    """Call `maintain` until nothing is left to do; what the last call said."""
+    for _ in range(6):
+        shown = maintain(site)
+        if not any(line.startswith("OK ") or "FAIL" in line for line in shown):
+            break
+    return shown
+
+
+def issuers(site):
+    """Which CA each certificate in use is of."""
+    ca = site.control.config.ca
+    certs = {name: host.config.cert for name, host in site.hosts.items()}
+    certs["control"] = site.control.config.cert
+    return {name: ctrl_exec.find_issuer(OPENSSL, ca, read(cert)) for name, cert in certs.items()}
+
+
+def test_the_ca_is_replaced_and_every_host_moves_without_being_paired_again(site):
+    config, hosts = site.control.config, site.hosts.values()
+    old_ca, former = read(config.ca), identity(site.control)
+    alpha = site["alpha"].config
+    agent_cert, agent_key = (shutil.copy(path, site.top) for path in (alpha.cert, alpha.key))
+    refused = ced(site.control, "retire-ca")
+    assert refused.returncode == 1 and "first: ced setup-ca --next" in refused.err
+    assert "ced maintain" in well(ced(site.control, "setup-ca", "--next")).out
+    following = ctrl_exec.next_path(config.ca)
+    again = ced(site.control, "setup-ca", "--next")
+    assert again.returncode == 1 and "the CA has a successor" in again.err
+    refused = ced(site.control, "retire-ca")
+    assert refused.returncode == 1
+    for who in ("alpha (has not heard of it)", "beta (has not", "this dispatcher (its certificate)"):
+        assert who in refused.err
+    assert_all_answer(site)
+    assert steady(site) == ["WARN nobody depends on the CA that is being replaced"]
+    for host in hosts:
+        assert len(ctrl_exec.load_cas(host.config.ca)) == 2 and host.process.poll() is None
+    assert issuers(site) == dict.fromkeys(("alpha", "beta", "control"), following)
+    assert_all_answer(site)
+    new_ca = read(following)
+    shown = findings(well(ced(site.control, "retire-ca", "--json")))
+    assert shown[0].startswith("OK the CA is replaced; the former one is ")
+    steady(site)
+    assert read(config.ca) == new_ca != old_ca and not os.path.exists(following)
+    for host in hosts:
+        assert ctrl_exec.load_cas(host.config.ca) == ctrl_exec.split_pem(new_ca.decode())
+    assert well(ced(site.control, "run", "--all", "hello")).returncode == 0
+    assert ask_ping(site["alpha"], former) == (0, None)
+    refusals = wait_until(lambda: site["alpha"].events("tls-failure"), what="the agent's log")
+    assert "unable to get local issuer certificate" in refusals[-1]
+    with impostor(site, "alpha", lambda *_: (200, GOOD_PING), agent_cert, agent_key):
+        result = ping(site, "alpha")["alpha"]
+    assert result["status"] == "unreachable" and "its certificate is refused" in result["error"]
+
+
+def test_a_host_that_is_off_while_the_ca_changes_keeps_it_and_follows_when_it_is_back(site):
+    site["beta"].stop()
+    well(ced(site.control, "setup-ca", "--next"))
+    steady(site)
+    done = ced(site.control, "retire-ca")
+    assert done.returncode == 1 and "beta (has not heard of it)" in done.err and "alpha" not in done.err
+    assert "beta (has not heard of it)" in "".join(maintain(site))
+    assert "beta (has not heard of it)" in ced(site.control, "serial-status").out
+    site["beta"].start()
+    assert steady(site) == ["WARN nobody depends on the CA that is being replaced"]
+    well(ced(site.control, "retire-ca"))
+    assert_all_answer(site)
+
+
+def test_a_host_that_is_given_up_does_not_hold_up_the_new_ca(site):
+    site["beta"].stop()
+    well(ced(site.control, "setup-ca", "--next"))
+    steady(site)
+    well(ced(site.control, "unpair", "beta"))
+    steady(site)
+    well(ced(site.control, "retire-ca"))
+    assert ping(site, "alpha")["alpha"]["status"] == "ok"
+
+
+def test_a_host_that_knows_the_new_ca_but_not_the_new_dispatcher_is_told_at_the_next_contact(site):
+    well(ced(site.control, "setup-ca", "--next"))
+    maintain(site)
+    site["beta"].stop()
+    steady(site)
+    following = ctrl_exec.next_path(site.control.config.ca)
+    assert issuers(site) == dict.fromkeys(("alpha", "beta", "control"), following)
+    done = ced(site.control, "retire-ca")
+    assert done.returncode == 1
+    assert done.err.splitlines()[0].endswith(": beta (trusts only our former certificate)")
+    site["beta"].start()
+    done = well(ced(site.control, "run", "beta", "hello"))
+    assert "hello" in done.out and site.control.serial() in trusted(site["beta"])
+    steady(site)  # a run writes nothing down
+    well(ced(site.control, "retire-ca"))
+    assert_all_answer(site)
+
+
+@pytest.mark.parametrize("phase", ["before the dispatcher moves", "after it", "after retire-ca"])
+def test_a_host_can_be_paired_in_every_phase_of_a_new_ca(site, pair, phase):
+    well(ced(site.control, "setup-ca", "--next"))
+    if phase != "before the dispatcher moves":
+        steady(site)
+        assert issuers(site)["control"] == ctrl_exec.next_path(site.control.config.ca)
+    if phase == "after retire-ca":
+        well(ced(site.control, "retire-ca"))
+    pair("gamma")
+    assert "hello" in well(ced(site.control, "run", "gamma", "hello")).out
+    if phase == "before the dispatcher moves":
+        done = ced(site.control, "retire-ca")
+        assert done.returncode == 1 and "gamma (has not heard of it)" in done.err
+    assert_all_answer(site)
+    shown = steady(site)
+    if phase != "after retire-ca":
+        assert shown == ["WARN nobody depends on the CA that is being replaced"]
+        well(ced(site.control, "retire-ca"))
+        steady(site)
+    assert_all_answer(site)
+    for host in site.hosts.values():
+        assert ctrl_exec.load_cas(host.config.ca) == ctrl_exec.load_cas(site.control.config.ca)
+
+
+def test_a_host_that_is_paired_again_while_the_ca_changes_is_named_until_it_has_moved(site, pair):
+    well(ced(site.control, "setup-ca", "--next"))
+    site["beta"].stop()
+    maintain(site)
+    pair("alpha")  # with the CA that is going
+    done = ced(site.control, "retire-ca")
+    assert done.returncode == 1 and "alpha (" in done.err and "beta (has not heard of it)" in done.err
+    site["beta"].start()
+    assert steady(site) == ["WARN nobody depends on the CA that is being replaced"]
+    well(ced(site.control, "retire-ca"))
+    assert_all_answer(site)
+
+
+# --- 4. revocation of a dispatcher -----------------------------------------------------------------------
+
+
+def test_a_revoked_dispatcher_is_refused_by_all_and_a_host_that_was_off_is_told_later(site):
+    former = identity(site.control)
+    done = ced(site.control, "revoke", "--dispatcher", former.serial)
+    assert done.returncode == 1 and "is the certificate in use here" in done.err
+    well(ced(site.control, "rotate-cert"))
+    site["beta"].stop()
+    spelled = "0x" + former.serial.upper()
+    shown = findings(ced(site.control, "revoke", "--dispatcher", spelled, "--json"))
+    assert "OK alpha: it refuses %s" % former.serial in shown
+    assert "WARN dispatcher serial %s is not refused yet by beta" % former.serial in shown
+    assert ask_ping(site["alpha"], former) == (403, {"error": "certificate revoked", "status": "forbidden"})
+    assert site["alpha"].events("revoked-cert")
+    assert "revoked: %s" % former.serial in ced(site.control, "serial-status").out
+    site["beta"].start()
+    assert ask_ping(site["beta"], former)[0] == 200
+    assert not any("not refused yet" in line for line in maintain(site))
+    assert ask_ping(site["beta"], former)[0] == 403
+    assert former.serial in ctrl_exec.load_revoked(site["beta"].config.revoked_serials)
+    assert_all_answer(site)
+
+
+# --- 5. check --------------------------------------------------------------------------------------------
+
+
+def check(site, **how):
+    done = ced(site.control, "check", "--json", **how)
+    lines = findings(done)
+    assert done.returncode == any(line.startswith("FAIL") for line in lines)
+    assert len(ced(site.control, "check", **how).out.splitlines()) == len(lines)
+    return lines
+
+
+def test_check_is_content_with_a_healthy_deployment(site):
+    assert {line[:2] for line in check(site)} == {"OK"}
+    assert "OK alpha answers, and its clock agrees" in check(site)
+
+
+SPOILED = {
+    "ca.key": (0o644, "lets others at a private key"),
+    "dispatcher.key": (0o604, "lets others at a private key"),
+    "ctrl-exec.conf": (0o666, "is writable by everybody"),
+    "ca.crt": (0o666, "is writable by everybody"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(SPOILED))
+def test_check_names_a_file_that_others_can_get_at(site, name):
+    mode, words = SPOILED[name]
+    path = site.control.file(ctrl_exec.ETC + "/" + name)
+    os.chmod(path, mode)
+    (line,) = [line for line in check(site) if line.startswith("FAIL")][:1]
+    assert path in line and words in line
+
+
+@pytest.mark.skipif(not support.IS_ROOT, reason="giving a file away needs root")
+def test_check_names_a_file_that_belongs_to_somebody_else(site):
+    path = site.control.config.cert
+    os.chown(path, 12345, -1)
+    assert [line for line in check(site) if "belongs to user 12345" in line and line.startswith("FAIL")]
+
+
+def test_check_tells_of_dates(site):
+    age_dispatcher(site, 340)
+    for name, days in (("alpha", 20), ("beta", -2)):
+        edit(site, name, lambda agent: agent._replace(expiry=ctrl_exec.iso_time(time.time() + days * DAY)))
+    lines = check(site)
+    assert "WARN %s expires in 24 days" % site.control.config.cert in lines
+    assert "FAIL beta: its certificate has expired" in lines
+    assert any(line.startswith("WARN alpha: its certificate expires in") for line in lines)
+    age_dispatcher(site, 400)
+    assert any(line.startswith("FAIL") and "expired" in line for line in check(site)), check(site)
+    age_dispatcher(site, -2)
+    assert any(line.startswith("FAIL") and "not yet valid" in line for line in check(site)), check(site)
+
+
+@pytest.mark.parametrize("skew, words", [(3600, "ahead of"), (-3600, "behind"), (30, "")])
+def test_check_compares_clocks(site, skew, words):
+    def answer(*_):
+        return 200, dict(GOOD_PING, time=ctrl_exec.iso_time(time.time() + skew))
+
+    with impostor(site, "alpha", answer):
+        (line,) = [line for line in check(site) if "alpha" in line and "clock" in line]
+    if not words:
+        assert line == "OK alpha answers, and its clock agrees"
+    else:
+        assert line.startswith("WARN alpha: its clock is 3") and line.endswith(" s %s this one" % words)
+
+
+def test_check_names_a_host_that_does_not_answer_and_one_that_is_revoked(site):
+    site["alpha"].stop()
+    well(ced(site.control, "revoke", "beta"))
+    lines = check(site)
+    assert any(line.startswith("WARN alpha: ") and "refused the connection" in line for line in lines)
+    assert "FAIL beta: its certificate is revoked" in lines
