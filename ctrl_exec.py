@@ -660,6 +660,16 @@ def write_atomic(
         raise StorageError("cannot write %s: %s" % (path, error.strerror)) from error
 
 
+def remove_temporaries(directory: str) -> None:
+    """Remove what `write_atomic` left there when it was killed: it may be a key. Never raises."""
+    try:
+        for entry in os.scandir(directory):
+            if entry.name.startswith(".tmp-") and now() - entry.stat(follow_symlinks=False).st_mtime > 3600:
+                os.unlink(entry.path)
+    except OSError:  # not ours to tidy up
+        pass
+
+
 def encode_state(value: dict) -> bytes:
     """A state file of ours: JSON that a person can read and diff."""
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode("ascii")
@@ -2260,7 +2270,7 @@ def find_issuer(openssl: OpenSSL, ca_cert: str, pem: bytes) -> str:
 
 def load_handover(ca_cert: str) -> dict:
     """What an agent needs to believe the CA's successor as well; nothing while there is none."""
-    if not os.path.exists(endorsement_path(ca_cert)):
+    if not os.path.exists(endorsement_path(ca_cert)) or not os.path.exists(next_path(ca_cert)):
         return {}
     word = read_certificate_file(endorsement_path(ca_cert)).decode("ascii", "replace")
     return {"ca": "".join(load_cas(ca_cert)), "endorsement": word}
@@ -8217,6 +8227,16 @@ class HostClient:
                 return self._context
         return None
 
+    def try_identity(self, agent: Agent, identity: Identity) -> str:
+        """What keeps an agent from accepting this identity of ours, in words; nothing when it does."""
+        body, deadline = {"reqid": new_id()}, Deadline(self._config.read_timeout)
+        try:
+            with self._connect(agent, new_client_context(identity)) as connection:
+                status, answer = connection.request("POST", "/ping", body, deadline)
+        except (TransportError, TrustError) as error:
+            return error.message
+        return "" if status == 200 else str(answer.get("error", "it answered %d" % status))
+
     def _remember_trust(self, agent: Agent, serial: str) -> None:
         """Note in the registry that a host has heard of our present certificate."""
         directory = self._config.registry_dir
@@ -8868,6 +8888,7 @@ def check_dispatcher(config: Config) -> list:
 # ======================================================================================================
 
 RENEWAL_PAUSE = 3600  # seconds between two attempts of `ping` to renew the same certificate
+MAX_TRIED = 5  # hosts that are shown a new certificate before it is given up
 
 
 class Rotation(NamedTuple):
@@ -9004,7 +9025,7 @@ class Caretaker:
         """Renew a host's certificate and tell it of the CAs, where that is due."""
         agent = visit.agent
         reason = self._renewal_reason(visit)
-        has_news = agent.cas != self.cas and bool(self.handover or agent.cas)
+        has_news = not self.knows_cas(agent) and bool(self.handover or agent.cas)
         if not (reason or has_news) or (self._was_tried(agent) and not self._eager):
             return None
         if reason and not os.access(ca_key_path(self.signer), os.R_OK):
@@ -9015,6 +9036,10 @@ class Caretaker:
             until = iso_time(visit.session.peer_cert().not_after)[:10]
             return Finding("WARN", "it runs an older agent: pair it again before %s" % until)
         return self._deliver(visit, certificate)
+
+    def knows_cas(self, agent: Agent) -> bool:
+        """Whether an agent believes the CAs that it should, or the successor alone: it was paired late."""
+        return agent.cas in (self.cas, self.issuer)
 
     def _renewal_reason(self, visit: _Visit) -> str:
         cert = visit.session.peer_cert()
@@ -9050,7 +9075,9 @@ class Caretaker:
     def _deliver(self, visit: _Visit, certificate: str) -> Finding:
         """Send a new certificate, the CAs to believe, or both. Raises TrustError."""
         body = dict(self.handover)
-        if visit.agent.cas not in ("", self.cas):
+        if self.knows_cas(visit.agent):
+            body = {}
+        elif visit.agent.cas:
             body.setdefault("ca", "".join(load_cas(self._config.ca)))
         if certificate:
             body["cert"] = certificate
@@ -9125,6 +9152,148 @@ def _serial_status(agent: Agent, serials: tuple) -> str:
     return "stale" if agent.serial_status == "stale" else "pending"
 
 
+class Rotator:
+    """Replaces the dispatcher's certificate and key, step by step. Callers see to it that they are alone."""
+
+    def __init__(self, config: Config, dispatcher: Dispatcher, caretaker: Caretaker) -> None:
+        self._config = config
+        self._dispatcher = dispatcher
+        self._caretaker = caretaker
+        self._openssl = OpenSSL()
+        self._identity = dispatcher_identity(config)
+
+    def _agents(self) -> list:
+        return load_agents(self._config.registry_dir)[0]
+
+    def _edit(self, edit: Callable) -> None:
+        edit_rotation(rotation_path(self._config), edit)
+        self._caretaker.load()
+
+    def settle(self) -> None:
+        """Finish what an interrupted call has left."""
+        settle_next(self._openssl, self._identity.cert, self._identity.key)
+        if os.path.exists(ca_key_path(self._config.ca)):
+            settle_next(self._openssl, self._config.ca, ca_key_path(self._config.ca))
+        remove_temporaries(os.path.dirname(self._identity.key))
+        self._caretaker.load()
+        kept = {read_serial(former.cert) for former in find_former(self._identity)} - {self._caretaker.serial}
+        known = self._caretaker.rotation.former
+        if kept != set(known):  # a call was killed, or somebody has moved files away
+            former = {serial: entry for serial, entry in known.items() if serial in kept}
+            self._edit(lambda rotation: rotation._replace(former=former))
+            self._remember_former(kept - set(known))
+
+    def _remember_former(self, serials: Iterable) -> None:
+        since = iso_time(now())
+        entries = {serial: {"since": since, "gone": []} for serial in serials}
+        self._edit(lambda rotation: rotation._replace(former={**entries, **rotation.former}))
+
+    def prepare(self) -> None:
+        """Make the next key and certificate, which nobody uses yet; or go on with what there is."""
+        cert, key = next_path(self._identity.cert), next_path(self._identity.key)
+        new_key_file(self._openssl, key, self._config.key_type)
+        own = os.stat(self._identity.key)
+        if os.path.exists(cert):
+            info = self._openssl.read_certificate(cert)
+            if not info.not_before <= now() < info.not_after:  # made when this host's clock was wrong
+                os.unlink(cert)
+        os.chown(key, own.st_uid, own.st_gid)  # whoever may read the present key may read the next
+        os.chmod(key, stat.S_IMODE(own.st_mode))
+        if not os.path.exists(cert):
+            is_known = all(map(self._caretaker.knows_cas, self._agents()))
+            signer = self._caretaker.signer if is_known else self._config.ca
+            name, days = self._config.dispatcher_id, self._config.cert_days
+            request = self._openssl.new_request(key, name)
+            pem = self._openssl.sign(request, name, "dispatcher", days, signer, ca_key_path(signer))
+            write_atomic(cert, pem.encode("ascii"), mode=0o644, durable=True)
+        self._caretaker.load()
+
+    def change_over(self) -> list:
+        """Use the next certificate, if a host has heard of it; the former stays for those that have not."""
+        former, serial = self._caretaker.serial, self._caretaker.next_serial
+        agents = self._agents()
+        untold = [agent.name for agent in agents if agent.dispatcher_serial != serial]
+        if agents and len(untold) == len(agents):
+            what = "no host could be told of the new certificate: the present one stays in use"
+            return [Finding("FAIL", what, "when hosts answer: ced rotate-cert")]
+        problem = self._try_next([agent for agent in agents if agent.name not in untold])
+        if problem:
+            what = "no host accepts the new certificate (%s): the present one stays in use" % problem
+            return [Finding("FAIL", what, "is this host's clock right? then: ced rotate-cert")]
+        kept = former_identity(self._identity, former)
+        own = os.stat(self._identity.key)
+        owner = Owner(own.st_uid, own.st_gid)
+        write_atomic(kept.key, read_file(self._identity.key), stat.S_IMODE(own.st_mode), True, owner)
+        write_atomic(kept.cert, read_certificate_file(self._identity.cert), mode=0o644, durable=True)
+        self._remember_former([former])
+        put_next(self._identity.cert, self._identity.key)
+        LOG.event("rotate", SERIAL=serial, FORMER=former, HOSTS=len(agents), UNTOLD=len(untold))
+        self._dispatcher.client.load()
+        self._caretaker.load()
+        until = iso_time(self._openssl.read_certificate(self._identity.cert).not_after)[:10]
+        words = (serial, until, former, self._config.cert_overlap_days)
+        findings = [Finding("OK", "certificate %s is in use until %s; %s stays trusted for %d days" % words)]
+        for name in untold:
+            self._mark(name, "pending")
+            findings.append(
+                Finding("WARN", "%s: it has not heard of it, and will at the next contact" % name)
+            )
+        return findings
+
+    def _try_next(self, told: list) -> str:
+        """Have a host that was told of the next certificate see it, before it is used; what went wrong."""
+        paths = next_path(self._identity.cert), next_path(self._identity.key)
+        problem = ""
+        for agent in told[:MAX_TRIED]:
+            problem = self._dispatcher.client.try_identity(agent, Identity(*paths, self._identity.ca))
+            if not problem:
+                break
+        if problem:
+            os.unlink(paths[0])
+            self._caretaker.load()
+        return problem
+
+    def _mark(self, name: str, status: str) -> None:
+        update_agent(self._config.registry_dir, name, lambda agent: agent._replace(serial_status=status))
+
+    def retire_former(self) -> list:
+        """Drop a former certificate that no host trusts any more; after the overlap, name those that do."""
+        findings = []
+        names = {agent.name for agent in self._agents()}
+        for serial, entry in sorted(self._caretaker.rotation.former.items()):
+            if self._caretaker.is_overlap_over(entry) or (names and names <= set(entry["gone"])):
+                findings += self._retire_one(serial, set(entry["gone"]))
+        return findings
+
+    def _retire_one(self, serial: str, gone: set) -> list:
+        kept = former_identity(self._identity, serial)
+        ends = self._openssl.read_certificate(kept.cert).not_after if os.path.exists(kept.cert) else 0.0
+        findings = []
+        waiting = [agent for agent in self._agents() if agent.name not in gone]
+        stale = [agent for agent in waiting if agent.dispatcher_serial != self._caretaker.serial]
+        for agent in stale:
+            if agent.serial_status != "stale":
+                LOG.event("serial-stale", HOST=agent.name, SERIAL=serial)
+                self._mark(agent.name, "stale")
+            if now() < ends:
+                words = (agent.name, self._caretaker.serial, iso_time(ends)[:10])
+                what = "%s: stale: it has not heard of certificate %s; it can be told until %s" % words
+                findings.append(Finding("WARN", what, "see that it can be reached"))
+            else:
+                what = "%s: stale: it trusts no certificate of ours that is still valid" % agent.name
+                findings.append(Finding("FAIL", what, "pair it again, and approve it with --replace"))
+        if waiting and now() < ends:
+            return findings
+        for path in (kept.cert, kept.key):
+            if os.path.exists(path):
+                os.unlink(path)
+        self._edit(
+            lambda known: known._replace(former={one: e for one, e in known.former.items() if one != serial})
+        )
+        LOG.event("serial-retire", SERIAL=serial)
+        return [*findings, Finding("OK", "certificate %s is retired" % serial)]
+
+
 class Upkeep:
     """Looks after the dispatcher's own certificate, the CA and revocations, on all hosts."""
 
@@ -9133,6 +9302,7 @@ class Upkeep:
         self._config = config
         self._dispatcher = dispatcher
         self._caretaker = Caretaker(config, eager=True)
+        self._rotator = Rotator(config, dispatcher, self._caretaker)
         self._openssl = OpenSSL()
         self._identity = dispatcher_identity(config)
 
@@ -9172,111 +9342,11 @@ class Upkeep:
         """Replace the dispatcher's certificate and key; one Finding for each thing to tell."""
         lock = self._alone()
         try:
-            self._settle()
-            self._prepare()
-            return self._visit_all() + self._change_over()
+            self._rotator.settle()
+            self._rotator.prepare()
+            return self._visit_all() + self._rotator.change_over()
         finally:
             lock.release()
-
-    def _settle(self) -> None:
-        """Finish what an interrupted call has left."""
-        settle_next(self._openssl, self._identity.cert, self._identity.key)
-        self._caretaker.load()
-        kept = {read_serial(former.cert) for former in find_former(self._identity)} - {self._caretaker.serial}
-        known = self._caretaker.rotation.former
-        if kept != set(known):  # a call was killed, or somebody has moved files away
-            former = {serial: entry for serial, entry in known.items() if serial in kept}
-            self._edit(lambda rotation: rotation._replace(former=former))
-            self._remember_former(kept - set(known))
-
-    def _remember_former(self, serials: Iterable) -> None:
-        since = iso_time(now())
-        entries = {serial: {"since": since, "gone": []} for serial in serials}
-        self._edit(lambda rotation: rotation._replace(former={**entries, **rotation.former}))
-
-    def _prepare(self) -> None:
-        """Make the next key and certificate, which nobody uses yet; or go on with what there is."""
-        cert, key = next_path(self._identity.cert), next_path(self._identity.key)
-        new_key_file(self._openssl, key, self._config.key_type)
-        own = os.stat(self._identity.key)
-        os.chown(key, own.st_uid, own.st_gid)  # whoever may read the present key may read the next
-        os.chmod(key, stat.S_IMODE(own.st_mode))
-        if not os.path.exists(cert):
-            is_known = all(agent.cas == self._caretaker.cas for agent in self._agents())
-            signer = self._caretaker.signer if is_known else self._config.ca
-            name, days = self._config.dispatcher_id, self._config.cert_days
-            request = self._openssl.new_request(key, name)
-            pem = self._openssl.sign(request, name, "dispatcher", days, signer, ca_key_path(signer))
-            write_atomic(cert, pem.encode("ascii"), mode=0o644, durable=True)
-        self._caretaker.load()
-
-    def _change_over(self) -> list:
-        """Use the next certificate, if a host has heard of it; the former stays for those that have not."""
-        former, serial = self._caretaker.serial, self._caretaker.next_serial
-        agents = self._agents()
-        untold = [agent.name for agent in agents if agent.dispatcher_serial != serial]
-        if agents and len(untold) == len(agents):
-            what = "no host could be told of the new certificate: the present one stays in use"
-            return [Finding("FAIL", what, "when hosts answer: ced rotate-cert")]
-        kept = former_identity(self._identity, former)
-        own = os.stat(self._identity.key)
-        owner = Owner(own.st_uid, own.st_gid)
-        write_atomic(kept.key, read_file(self._identity.key), stat.S_IMODE(own.st_mode), True, owner)
-        write_atomic(kept.cert, read_certificate_file(self._identity.cert), mode=0o644, durable=True)
-        self._remember_former([former])
-        put_next(self._identity.cert, self._identity.key)
-        LOG.event("rotate", SERIAL=serial, FORMER=former, HOSTS=len(agents), UNTOLD=len(untold))
-        self._dispatcher.client.load()
-        self._caretaker.load()
-        until = iso_time(self._openssl.read_certificate(self._identity.cert).not_after)[:10]
-        words = (serial, until, former, self._config.cert_overlap_days)
-        findings = [Finding("OK", "certificate %s is in use until %s; %s stays trusted for %d days" % words)]
-        for name in untold:
-            self._mark(name, "pending")
-            findings.append(
-                Finding("WARN", "%s: it has not heard of it, and will at the next contact" % name)
-            )
-        return findings
-
-    def _mark(self, name: str, status: str) -> None:
-        update_agent(self._config.registry_dir, name, lambda agent: agent._replace(serial_status=status))
-
-    def _retire_former(self) -> list:
-        """Drop a former certificate that no host trusts any more; after the overlap, name those that do."""
-        findings = []
-        names = {agent.name for agent in self._agents()}
-        for serial, entry in sorted(self._caretaker.rotation.former.items()):
-            if self._caretaker.is_overlap_over(entry) or (names and names <= set(entry["gone"])):
-                findings += self._retire_one(serial, set(entry["gone"]))
-        return findings
-
-    def _retire_one(self, serial: str, gone: set) -> list:
-        kept = former_identity(self._identity, serial)
-        ends = self._openssl.read_certificate(kept.cert).not_after if os.path.exists(kept.cert) else 0.0
-        findings = []
-        waiting = [agent for agent in self._agents() if agent.name not in gone]
-        stale = [agent for agent in waiting if agent.dispatcher_serial != self._caretaker.serial]
-        for agent in stale:
-            if agent.serial_status != "stale":
-                LOG.event("serial-stale", HOST=agent.name, SERIAL=serial)
-                self._mark(agent.name, "stale")
-            if now() < ends:
-                words = (agent.name, self._caretaker.serial, iso_time(ends)[:10])
-                what = "%s: stale: it has not heard of certificate %s; it can be told until %s" % words
-                findings.append(Finding("WARN", what, "see that it can be reached"))
-            else:
-                what = "%s: stale: it trusts no certificate of ours that is still valid" % agent.name
-                findings.append(Finding("FAIL", what, "pair it again, and approve it with --replace"))
-        if waiting and now() < ends:
-            return findings
-        for path in (kept.cert, kept.key):
-            if os.path.exists(path):
-                os.unlink(path)
-        self._edit(
-            lambda known: known._replace(former={one: e for one, e in known.former.items() if one != serial})
-        )
-        LOG.event("serial-retire", SERIAL=serial)
-        return [*findings, Finding("OK", "certificate %s is retired" % serial)]
 
     # --- the CA and revocations ----------------------------------------------------------------------------
 
@@ -9287,9 +9357,9 @@ class Upkeep:
         """Who still needs the CA that is being replaced, in words."""
         care = self._caretaker
         found = [
-            "%s (%s)" % (agent.name, "has not heard of it" if agent.cas != care.cas else "its certificate")
+            "%s (%s)" % (agent.name, "its certificate" if care.knows_cas(agent) else "has not heard of it")
             for agent in self._agents()
-            if agent.cas != care.cas or agent.issuer != care.issuer
+            if not care.knows_cas(agent) or agent.issuer != care.issuer
         ]
         if self._own_issuer() == self._config.ca:
             found.append("this dispatcher (its certificate)")
@@ -9350,7 +9420,7 @@ class Upkeep:
         findings = self._visit_all()
         told = self._caretaker.rotation.revoked[serial]["told"]
         findings += [Finding("OK", "%s: it refuses %s" % (name, serial)) for name in told]
-        return findings + self._report_revoked() + self._retire_former()
+        return findings + self._report_revoked() + self._rotator.retire_former()
 
     def _report_revoked(self) -> list:
         findings = []
@@ -9368,7 +9438,7 @@ class Upkeep:
         info = self._openssl.read_certificate(self._identity.cert)
         if self._caretaker.next_serial or info.not_after - now() < self._config.cert_renewal_days * 86400:
             return True
-        if not self._caretaker.handover or any(agent.cas != self._caretaker.cas for agent in self._agents()):
+        if not self._caretaker.handover or not all(map(self._caretaker.knows_cas, self._agents())):
             return False
         return self._own_issuer() == self._config.ca
 
@@ -9384,14 +9454,14 @@ class Upkeep:
         """Do all that is due: one Finding for each thing that was done, or that needs a person."""
         lock = self._alone()
         try:
-            self._settle()
+            self._rotator.settle()
             findings = []
             if self._is_rotation_due():
-                self._prepare()
-                findings = self._visit_all() + self._change_over()
+                self._rotator.prepare()
+                findings = self._visit_all() + self._rotator.change_over()
             else:
                 findings = self._visit_all()
-            findings += self._retire_former() + self._report_revoked() + self._report_successor()
+            findings += self._rotator.retire_former() + self._report_revoked() + self._report_successor()
             self._edit(lambda rotation: rotation._replace(checked=iso_time(now())))
         finally:
             lock.release()

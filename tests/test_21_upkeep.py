@@ -817,7 +817,7 @@ def test_the_ca_is_replaced_and_every_host_moves_without_being_paired_again(site
     for who in ("alpha (has not heard of it)", "beta (has not", "this dispatcher (its certificate)"):
         assert who in refused.err
     assert_all_answer(site)
-    assert steady(site) == ["WARN nobody depends on the CA that is being replaced"]
+    assert steady(site) == ["OK nobody depends on the CA that is being replaced: ced retire-ca"]
     for host in hosts:
         assert len(ctrl_exec.load_cas(host.config.ca)) == 2 and host.process.poll() is None
     assert issuers(site) == dict.fromkeys(("alpha", "beta", "control"), following)
@@ -847,7 +847,7 @@ def test_a_host_that_is_off_while_the_ca_changes_keeps_it_and_follows_when_it_is
     assert "beta (has not heard of it)" in "".join(maintain(site))
     assert "beta (has not heard of it)" in ced(site.control, "serial-status").out
     site["beta"].start()
-    assert steady(site) == ["WARN nobody depends on the CA that is being replaced"]
+    assert steady(site) == ["OK nobody depends on the CA that is being replaced: ced retire-ca"]
     well(ced(site.control, "retire-ca"))
     assert_all_answer(site)
 
@@ -896,7 +896,7 @@ def test_a_host_can_be_paired_in_every_phase_of_a_new_ca(site, pair, phase):
     assert_all_answer(site)
     shown = steady(site)
     if phase != "after retire-ca":
-        assert shown == ["WARN nobody depends on the CA that is being replaced"]
+        assert shown == ["OK nobody depends on the CA that is being replaced: ced retire-ca"]
         well(ced(site.control, "retire-ca"))
         steady(site)
     assert_all_answer(site)
@@ -912,7 +912,7 @@ def test_a_host_that_is_paired_again_while_the_ca_changes_is_named_until_it_has_
     done = ced(site.control, "retire-ca")
     assert done.returncode == 1 and "alpha (" in done.err and "beta (has not heard of it)" in done.err
     site["beta"].start()
-    assert steady(site) == ["WARN nobody depends on the CA that is being replaced"]
+    assert steady(site) == ["OK nobody depends on the CA that is being replaced: ced retire-ca"]
     well(ced(site.control, "retire-ca"))
     assert_all_answer(site)
 
@@ -929,7 +929,7 @@ def test_a_revoked_dispatcher_is_refused_by_all_and_a_host_that_was_off_is_told_
     spelled = "0x" + former.serial.upper()
     shown = findings(ced(site.control, "revoke", "--dispatcher", spelled, "--json"))
     assert "OK alpha: it refuses %s" % former.serial in shown
-    assert "WARN dispatcher serial %s is not refused yet by beta" % former.serial in shown
+    assert "FAIL dispatcher serial %s is not refused yet by beta" % former.serial in shown
     assert ask_ping(site["alpha"], former) == (403, {"error": "certificate revoked", "status": "forbidden"})
     assert site["alpha"].events("revoked-cert")
     assert "revoked: %s" % former.serial in ced(site.control, "serial-status").out
