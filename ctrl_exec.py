@@ -95,6 +95,8 @@ MAX_STREAM = 2**40  # bytes of a streamed answer, which nobody holds
 MAX_STATE_FILE = 1024 * 1024  # any one of our own JSON files
 MAX_SIDECAR = 64 * 1024
 MAX_SUPERVISORS = 512  # runs at once on one agent; a front that runs wild costs this many processes, no more
+MAX_TAGS = 64  # of one host
+MAX_OWN_SERIALS = 256  # that one dispatcher can have in an agent's lists; a rotation a month needs 12 a year
 MAX_NAME = 253  # a host name (RFC 1035 section 2.3.4 less the root)
 MAX_SCRIPT_NAME = 128  # a script name becomes part of file names, which end at 255 bytes
 
@@ -781,6 +783,14 @@ class FileLock:
         if status.st_uid == os.geteuid() and self._mode & ~status.st_mode:
             os.fchmod(descriptor, self._mode)
         return descriptor
+
+    def acquire_within(self, seconds: float) -> None:
+        """Take the lock. Raises StorageError when another holds it all that time."""
+        deadline = Deadline(seconds)
+        while not self.acquire():
+            if deadline.is_over():
+                raise StorageError("%s is held by another process" % self.path)
+            time.sleep(0.02)
 
     def write(self, text: str) -> None:
         """Say in the file who holds it; for people, never for deciding."""
@@ -2212,7 +2222,8 @@ def find_former(identity: Identity) -> list:
     except OSError:  # not ours to look into: then there are none for us
         return []
     found = [former_identity(identity, hit[1]) for hit in hits if hit]
-    return sorted(found, key=lambda former: -os.stat(former.cert).st_mtime)
+    present = [former for former in found if os.path.exists(former.key)]  # both are put there, the key first
+    return sorted(present, key=lambda former: -os.lstat(former.key).st_mtime)
 
 
 def new_ca(openssl: OpenSSL, ca_cert: str, kind: str, name: str) -> CertInfo:
@@ -2479,9 +2490,15 @@ _ALERTS = {  # what the peer said when it refused, by OpenSSL's reason
 _DATE_ERRORS = (9, 10)  # X509_V_ERR_CERT_NOT_YET_VALID and _HAS_EXPIRED of x509_vfy.h
 
 
+_CERTIFICATE_ALERTS = re.compile(
+    "TLSV1_ALERT_(UNKNOWN_CA|ACCESS_DENIED)|TLSV13_ALERT_CERTIFICATE_REQUIRED"
+    "|SSLV3_ALERT_(CERTIFICATE_(EXPIRED|REVOKED|UNKNOWN)|BAD_CERTIFICATE|UNSUPPORTED_CERTIFICATE)"
+)
+
+
 def is_refusal(error: ssl.SSLError) -> bool:
-    """Whether the peer said that it does not accept us, in an alert (RFC 8446 section 6.2)."""
-    return "ALERT" in (error.reason or "")
+    """Whether the peer said that it does not accept our certificate, in an alert (RFC 8446 section 6.2)."""
+    return bool(_CERTIFICATE_ALERTS.fullmatch(error.reason or ""))
 
 
 def describe_tls_error(error: ssl.SSLError) -> str:
@@ -2647,8 +2664,11 @@ class Channel:
         return self._take(size)
 
     def write(self, data: bytes, seconds: float) -> None:
+        """Send it all; the peer may take `seconds` for each piece."""
         self.socket.settimeout(seconds)
-        self.socket.sendall(data)
+        view = memoryview(data)
+        for at in range(0, len(data), 65536):
+            self.socket.sendall(view[at : at + 65536])
 
 
 # --- JSON -----------------------------------------------------------------------------------------------
@@ -2872,6 +2892,8 @@ def read_request(channel: Channel, first_byte: Deadline, limit: int = MAX_BODY) 
 
 def encode_request(method: str, path: str, host: str, body: Optional[dict], keep: bool) -> bytes:
     """A request in one piece, so that it leaves in one write."""
+    if not re.fullmatch(r"[\x21-\x7e]+", path):
+        raise BadRequest("not a path")
     data = b"" if body is None else encode_json(body)
     lines = ["%s %s HTTP/1.1" % (method, path), "Host: " + host, "User-Agent: ctrl-exec/" + __version__]
     if body is not None:
@@ -3086,6 +3108,7 @@ class _Connection:
         self.address = address
         self.port = port
         self.waiting = True
+        self.is_repeatable = False  # what it is being sent can be had again
         self.served = 0  # requests answered
 
     def send_away(self) -> None:
@@ -3250,7 +3273,7 @@ class Server:
         if len(self._connections) >= 2 * self._max_connections:
             return False  # those sent away have not all left yet
         for connection in self._connections:
-            if connection.waiting:
+            if connection.waiting or connection.is_repeatable:
                 connection.send_away()
                 return True
         return False
@@ -3319,7 +3342,7 @@ class Server:
     def _answer_one(self, connection: _Connection, channel: Channel, peer: Peer, wait: float) -> bool:
         """Read one request and answer it; whether the connection goes on."""
         version, keep, method = "1.1", False, ""
-        connection.waiting = True
+        connection.waiting, connection.is_repeatable = True, False
         try:
             request = read_request(channel, Deadline(wait), self._max_body)
             connection.waiting = False
@@ -3338,6 +3361,7 @@ class Server:
             log_bug(error, PEER=peer.address)
             response = Response(500, {"ok": False, "error": "internal error; see the log here"})
         connection.waiting = False
+        connection.is_repeatable = isinstance(response.body, (dict, list))
         connection.served += 1
         keep = keep and not response.close and not self._draining
         try:
@@ -3664,7 +3688,8 @@ class Hook(NamedTuple):
             )
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
-            self._deny(context, "error", "the auth hook %s cannot be run: %s" % (self.path, reason), 1)
+            LOG.event("auth", RESULT="error", REQID=context.reqid, HOOK=self.path, REASON=reason)
+            self._deny(context, "error", "the auth hook cannot be run", 1)
         if done.status is None:
             self._deny(context, "error", "the auth hook did not answer within %d s" % self.timeout, 1)
         if done.status in _HOOK_ANSWERS:
@@ -5632,6 +5657,9 @@ class Custody(NamedTuple):
     host: str  # the name in its certificate
 
 
+_REVOKED_BY = "by dispatcher %s"  # in the revocation list
+
+
 class Custodian:
     """Does what a dispatcher asks about trust. `order()` has the agent serve what was changed.
 
@@ -5660,7 +5688,7 @@ class Custodian:
         certificate, cas, endorsement = request.args
         try:
             with FileLock(self._custody.identity.ca + ".lock"):  # two dispatchers may come at once
-                info = self._store(certificate, cas, endorsement)
+                info = self._store(certificate, cas, endorsement, request.owner)
         except TrustError as error:
             LOG.event("renew-complete", REQID=request.reqid, DISPATCHER=request.owner, ERROR=error.message)
             raise BadRequest(error.message) from error
@@ -5670,7 +5698,7 @@ class Custodian:
         body = {"status": "ok", "reqid": request.reqid, "serial": serial, "staged": False}
         return dict(body, expiry=iso_time(info.not_after))
 
-    def _store(self, certificate: str, cas: str, endorsement: str) -> CertInfo:
+    def _store(self, certificate: str, cas: str, endorsement: str, owner: str) -> CertInfo:
         """Check and write it all. CAs first: the old certificate works with the new CAs as well."""
         identity = self._custody.identity
         held = load_cas(identity.ca)
@@ -5680,6 +5708,9 @@ class Custodian:
             endorsed = split_pem(endorsement)
         except ValueError as error:
             raise TrustError("not a certificate: %s" % error) from error
+        others = {*load_trust_map(self._custody.trust_map, self._custody.older_serial).values()} - {owner}
+        if others:  # who may need a CA that this dispatcher can do without
+            believed += [pem for pem in held if pem not in believed]
         for pem in believed:
             if pem not in held:
                 if len(endorsed) != 1:
@@ -5696,6 +5727,9 @@ class Custodian:
         info = self._openssl.parse_certificate(pem)
         if self._custody.host.lower() not in [name.lower() for name in info.names or (info.common_name,)]:
             raise TrustError("the certificate is for another name than %s" % self._custody.host)
+        present = self._openssl.read_certificate(identity.cert)
+        if info.not_before < present.not_before - BACKDATE_SECONDS:  # or a revoked one could be put back
+            raise TrustError("the certificate is older than the present one")
         if believed != held:
             write_atomic(identity.ca, text, mode=0o644, durable=True)
         if certificate:
@@ -5703,26 +5737,40 @@ class Custodian:
         return info
 
     def rotate(self, request: JobRequest) -> dict:
-        """Change which serials the caller is trusted by; args: action, serial, the serial it called with."""
-        action, text, own = request.args
+        """Change which serials the caller is trusted by; args: action, serial."""
+        action, text = request.args
         try:
             serial = parse_serial(text)
         except ValueError as error:
             raise BadRequest("field `serial`: %s" % error, "serial") from None
         if action not in ("add", "remove", "revoke"):
             raise BadRequest("field `action` must be add, remove or revoke", "action")
-        if action != "add" and serial == own:
+        if action != "add" and serial == request.serial:
             raise Denied("serial %s is the one that this request was made with" % serial)
         revoked = load_revoked(self._custody.revoked) if action != "remove" else ()  # before any change
         if action == "add" and serial in revoked:
             raise Denied("serial %s is revoked here" % serial)
         had = self._edit_map(action, serial, request.owner)
-        if action == "revoke":
-            add_revoked(self._custody.revoked, [serial], "by dispatcher %s" % request.owner)
-        self._order()
+        changed = had != (action == "add")
+        if action == "revoke" and serial not in revoked:
+            self._check_room(request.owner)
+            add_revoked(self._custody.revoked, [serial], _REVOKED_BY % request.owner)
+            changed = True
+        if changed:
+            self._order()
         facts = {"DISPATCHER": request.owner, "SERIAL": serial, "CHANGE": action}
         LOG.event("rotate", REQID=request.reqid, **facts)
         return {"status": "ok", "reqid": request.reqid, "serial": serial, "action": action, "had": had}
+
+    def _check_room(self, owner: str) -> None:
+        """Raise Denied when a dispatcher has revoked as many serials as it may: a list that grows without end
+        would one day refuse everybody."""
+        try:
+            text = read_text(self._custody.revoked)
+        except FileNotFoundError:
+            return
+        if text.count("# %s\n" % (_REVOKED_BY % owner)) >= MAX_OWN_SERIALS:
+            raise Denied("dispatcher %s has revoked %d serials here already" % (owner, MAX_OWN_SERIALS))
 
     def _edit_map(self, action: str, serial: str, owner: str) -> bool:
         """Change the map under the caller's id only; whether the serial was in it."""
@@ -5736,6 +5784,11 @@ class Custodian:
             trusted.pop(serial, None)
             if action == "add":
                 trusted[serial] = owner
+            own = list(trusted.values()).count(owner)
+            if own == 0 and had:
+                raise Denied("serial %s is the last one of dispatcher %s" % (serial, owner))
+            if own > MAX_OWN_SERIALS:
+                raise Denied("dispatcher %s has %d serials here already" % (owner, MAX_OWN_SERIALS))
 
         edit_trust_map(self._custody.trust_map, self._custody.older_serial, edit)
         return had
@@ -6134,7 +6187,7 @@ class Front:
         except Denied as error:
             LOG.event("deny", REQID=fields["reqid"], REASON=error.message, DISPATCHER=caller.dispatcher)
             return Response(403, {"error": error.message, "status": "denied"})
-        args = (fields["action"], fields["serial"], caller.serial)
+        args = (fields["action"], fields["serial"])
         return self._pass_task("rotate-serial", fields, args, caller, peer)
 
     def _pass_task(self, operation: str, fields: dict, args: tuple, caller: Caller, peer: Peer) -> Response:
@@ -6370,7 +6423,7 @@ class Agent(NamedTuple):
     issued: dict = {}  # serials of its certificates that have not expired: [expiry, `issuer`]
     issuer: str = ""  # the CA of its certificate, as `name_cas` calls it
     cas: str = ""  # the CAs that it believes, as `name_cas` calls them
-    renewal_tried: str = ""  # when a renewal was begun that has not succeeded
+    renewal_tried: str = ""  # when a renewal was last begun
     extra: dict = {}  # fields of other releases, kept as they are
 
     def address(self) -> str:
@@ -6450,7 +6503,9 @@ def list_agent_names(directory: str) -> list:
 
 
 def find_agent(directory: str, name: str) -> Optional[Agent]:
-    """One agent, or None. Raises StorageError for a file that cannot be used."""
+    """One agent, or None. Raises StorageError for a file that cannot be used, or is about another one."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._~-]*", name):  # with `~`: the file of a long name
+        return None
     path = _agent_path(directory, name)
     try:
         return _parse_agent(read_json_file(path), path)
@@ -6458,13 +6513,12 @@ def find_agent(directory: str, name: str) -> Optional[Agent]:
         return None
 
 
-def get_agent(directory: str, name: str) -> Agent:
-    """One agent. Raises UnknownHost with the nearest names."""
+def get_agent(directory: str, name: str, is_terse: bool = False) -> Agent:
+    """One agent. Raises UnknownHost, with the nearest names unless `is_terse`."""
     agent = find_agent(directory, name) if HOST_NAME.fullmatch(name) else None
     if agent is None:
-        raise UnknownHost(
-            "unknown host: %s%s" % (one_line(name[:300]), suggest(name, list_agent_names(directory)))
-        )
+        near = "" if is_terse else suggest(name, list_agent_names(directory))
+        raise UnknownHost("unknown host: %s%s" % (one_line(name[:300]), near))
     return agent
 
 
@@ -6491,6 +6545,8 @@ def save_agent(directory: str, agent: Agent) -> None:
     """Write an agent's file. The caller holds `registry_lock`."""
     values = dict(agent.extra)
     values.update({key: value for key, value in agent._asdict().items() if key != "extra"})
+    if len(encode_state(values)) > MAX_STATE_FILE:
+        raise StorageError("the record of %s would be larger than %d bytes" % (agent.name, MAX_STATE_FILE))
     write_atomic(_agent_path(directory, agent.name), encode_state(values), mode=0o640, durable=True)
 
 
@@ -6524,9 +6580,7 @@ def with_issued(agent: Agent, info: CertInfo, issuer: str) -> Agent:
 def with_certificate(agent: Agent, info: CertInfo, issuer: str) -> Agent:
     """An agent that has this certificate."""
     holder = with_issued(agent, info, issuer)
-    return holder._replace(
-        serial=info.serial, expiry=iso_time(info.not_after), issuer=issuer, renewal_tried=""
-    )
+    return holder._replace(serial=info.serial, expiry=iso_time(info.not_after), issuer=issuer)
 
 
 def with_trust(agent: Agent, serial: str) -> Agent:
@@ -6573,29 +6627,42 @@ def check_free_name(directory: str, name: str, renamed: str = "") -> None:
 # --- which hosts are meant ------------------------------------------------------------------------------
 
 MAX_SELECTION = 100_000  # hosts one command can name; stops web-[0-9999999999]
+MAX_PATTERNS = 100  # words with * in one command; each is compared with every name
+MAX_WORD = 4096  # characters of a word with ranges
 
 _RANGE = re.compile(r"\[([0-9][0-9,-]*)\]")
 
 
-def expand_ranges(word: str) -> list:
-    """`web-[01-03,07]` as its names; leading zeros keep their width. Raises UsageError."""
-    hit = _RANGE.search(word)
-    if not hit:
-        return [word]
-    numbers: list = []
-    for part in hit[1].split(","):
+def _parse_spans(text: str, whole: str) -> list:
+    """`01-03,07` as (first, last, width) triples. Raises UsageError."""
+    spans = []
+    for part in text.split(","):
         span = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part)
         if not span or int(span[2] or span[1]) < int(span[1]):
-            raise UsageError("`%s` is not a range such as [01-20] or [1,3,7-9]" % one_line(hit[0]))
-        first, last = int(span[1]), int(span[2] or span[1])
-        if len(numbers) + last - first >= MAX_SELECTION:
-            raise UsageError("`%s` names more than %d hosts" % (one_line(word), MAX_SELECTION))
+            raise UsageError("`%s` is not a range such as [01-20] or [1,3,7-9]" % one_line(whole[:80]))
         width = len(span[1]) if span[1].startswith("0") else 0
-        numbers += ["%0*d" % (width, number) for number in range(first, last + 1)]
-    tails = expand_ranges(word[hit.end() :])
-    if len(numbers) * len(tails) > MAX_SELECTION:
-        raise UsageError("`%s` names more than %d hosts" % (one_line(word), MAX_SELECTION))
-    return [word[: hit.start()] + number + tail for number in numbers for tail in tails]
+        spans.append((int(span[1]), int(span[2] or span[1]), width))
+    return spans
+
+
+def expand_ranges(word: str) -> list:
+    """`web-[01-03,07]` as its names; leading zeros keep their width. Raises UsageError, before anything is
+    built, for more names than a command can mean."""
+    parts, rest, total = [], word, 1
+    hit = _RANGE.search(rest)
+    while hit:
+        spans = _parse_spans(hit[1], hit[0])
+        total *= sum(last - first + 1 for first, last, _ in spans)
+        if total > MAX_SELECTION or len(word) > MAX_WORD:
+            raise UsageError("`%s` names more than %d hosts" % (one_line(word[:80]), MAX_SELECTION))
+        parts.append((rest[: hit.start()], spans))
+        rest = rest[hit.end() :]
+        hit = _RANGE.search(rest)
+    names = [""]
+    for text, spans in parts:
+        numbers = ["%0*d" % (width, n) for first, last, width in spans for n in range(first, last + 1)]
+        names = [name + text + number for name in names for number in numbers]
+    return [name + rest for name in names]
 
 
 class Selection(NamedTuple):
@@ -6607,7 +6674,7 @@ class Selection(NamedTuple):
     port: int = 0  # instead of the registered one
 
 
-def _match_word(directory: str, word: str, names: list) -> Iterator[Agent]:
+def _match_word(word: str, names: list, get: Callable) -> Iterator[Agent]:
     name, colon, port = word.partition(":")
     for expanded in expand_ranges(name):
         if any(mark in expanded for mark in "*?["):
@@ -6619,7 +6686,7 @@ def _match_word(directory: str, word: str, names: list) -> Iterator[Agent]:
         else:
             matching = [expanded]
         for found in matching:
-            agent = get_agent(directory, found)
+            agent = get(found)
             try:
                 yield agent._replace(port=parse_count(port, 1, 65535)) if colon else agent
             except ValueError as error:
@@ -6630,20 +6697,30 @@ def _has_tags(agent: Agent, tags: dict) -> bool:
     return all(str(agent.tags.get(key)) == value for key, value in tags.items())
 
 
-def select_agents(directory: str, selection: Selection) -> tuple:
+def select_agents(directory: str, selection: Selection, is_terse: bool = False) -> tuple:
     """The agents a selection means, each once, in the order named, and a message for each registry file that
-    could not be used. Raises UnknownHost, UsageError, and StorageError when such a file's host was named."""
+    could not be used. Raises UnknownHost, with the nearest names unless `is_terse`, UsageError, and
+    StorageError when such a file's host was named."""
     chosen: dict = {}
     problems: list = []
+    known: dict = {}
+
+    def get(name: str) -> Agent:
+        if name not in known:
+            known[name] = get_agent(directory, name, is_terse)
+        return known[name]
+
     if selection.everything or (selection.tags and not selection.words):
         agents, problems = load_agents(directory)
         chosen = {agent.name: agent for agent in agents}
     else:
-        names = (
-            list_agent_names(directory) if any(c in word for word in selection.words for c in "*?[") else []
-        )
-        for word in selection.words:
-            for agent in _match_word(directory, word, names):
+        words = dict.fromkeys(selection.words)
+        patterns = [word for word in words if any(mark in word for mark in "*?[")]
+        if len(patterns) > MAX_PATTERNS:
+            raise UsageError("more than %d words with *, ? or [" % MAX_PATTERNS)
+        names = list_agent_names(directory) if patterns else []
+        for word in words:
+            for agent in _match_word(word, names, get):
                 chosen.setdefault(agent.name, agent)
     agents = [agent for agent in chosen.values() if _has_tags(agent, selection.tags)]
     if not agents:
@@ -6696,15 +6773,39 @@ def save_request(directory: str, record: RequestRecord) -> None:
     write_atomic(_run_path(directory, record.reqid), encode_state(values), mode=0o640)
 
 
+_RUN_FORMS = {  # of the fields of a request's record, which the HTTP API's user can write as well as root
+    "reqid": REQUEST_ID,
+    "script": SCRIPT_NAME,
+    "mode": re.compile("sync|async|stream"),
+    "started": re.compile("[0-9TZ:-]{20}"),
+    "finished": re.compile("|[0-9TZ:-]{20}"),
+}
+
+
+def _parse_outcome(name: str, values: list) -> Outcome:
+    outcome = Outcome(*values)
+    if not HOST_NAME.fullmatch(name) or list(map(type, outcome)) != [str, int, str]:
+        raise TypeError("`hosts` is malformed")
+    return outcome
+
+
 def _parse_run(values: dict, path: str) -> RequestRecord:
+    """A request's record from its file. Raises StorageError."""
     try:
         known = {key: values[key] for key in RequestRecord._fields if key in values}
-        hosts = {str(name): Outcome(*outcome) for name, outcome in known.pop("hosts").items()}
-        record = RequestRecord(hosts=hosts, **known)
-        if not all(type(value) is str for key, value in known.items()):
+        hosts = {name: _parse_outcome(name, outcome) for name, outcome in known.pop("hosts").items()}
+        if not all(type(value) is str for value in known.values()):
             raise TypeError("a field is not text")
+        record = RequestRecord(hosts=hosts, **known)
+        for field, form in _RUN_FORMS.items():
+            if not form.fullmatch(getattr(record, field)):
+                raise TypeError("`%s` is malformed" % field)
+        for moment in filter(None, (record.started, record.finished)):
+            parse_iso_time(moment)
+        if os.path.basename(path) != record.reqid + ".json":
+            raise TypeError("it is about another request")
         return record
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise StorageError("%s: not the record of a request (%s)" % (path, error)) from error
 
 
@@ -6739,10 +6840,10 @@ def list_request_records(directory: str) -> tuple:
 def sweep_requests(directory: str, retention: float) -> None:
     """Forget requests older than `retention` seconds; never raises."""
     try:
-        if is_sweep_due(directory, retention):
-            for entry in os.scandir(directory):
-                if entry.name.endswith(".json") and now() - entry.stat().st_mtime > retention:
-                    os.unlink(entry.path)
+        for entry in os.scandir(directory) if is_sweep_due(directory, retention) else ():
+            is_old = now() - entry.stat(follow_symlinks=False).st_mtime > retention
+            if is_old and entry.name.endswith(".json") and not entry.is_dir(follow_symlinks=False):
+                os.unlink(entry.path)
     except (OSError, StorageError) as error:
         LOG.event("run-store-fail", MESSAGE="sweep: %s" % error)
 
@@ -6820,8 +6921,9 @@ def list_locks(directory: str) -> list:
     held = []
     for file in files:
         path = os.path.join(directory, file)
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW  # another user may have put anything there
         try:
-            with open(path, "rb") as opened:
+            with open(path, "rb", opener=lambda name, _: os.open(name, flags | os.O_CLOEXEC)) as opened:
                 fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)  # nobody holds it: left behind by a kill
         except BlockingIOError:
             try:
@@ -8375,9 +8477,9 @@ class Dispatcher:
         )
         self._hook = hook
 
-    def select(self, selection: Selection) -> tuple:
+    def select(self, selection: Selection, is_terse: bool = False) -> tuple:
         """The agents meant, and what is wrong with the registry; see `select_agents`."""
-        return select_agents(self._config.registry_dir, selection)
+        return select_agents(self._config.registry_dir, selection, is_terse)
 
     def apart(self) -> "Dispatcher":
         """The same for another caller, at the same time; see HostClient."""
@@ -8424,7 +8526,9 @@ class Dispatcher:
         for result in self._each(agents, "discovery", work):
             tags = result.answer.get("tags")
             if result.state == "ok" and isinstance(tags, dict):
-                self._keep_tags(result.host, {str(key): str(value) for key, value in tags.items()})
+                texts = {str(key): str(value) for key, value in tags.items()}
+                if all(TAG_NAME.fullmatch(key) and len(text) <= 256 for key, text in texts.items()):
+                    self._keep_tags(result.host, dict(list(texts.items())[:MAX_TAGS]))
             yield result
 
     def _keep_tags(self, name: str, tags: dict) -> None:
@@ -8484,14 +8588,17 @@ class Dispatcher:
     def _note(self, record: RequestRecord, results: list) -> None:
         """Add what hosts have said to a request's record as it is now: others may have written it meanwhile,
         and what they know must not be forgotten."""
+        lock = FileLock(os.path.join(self._config.runs_dir, ".lock"), mode=0o660)
         try:
-            with FileLock(os.path.join(self._config.runs_dir, ".lock"), mode=0o660):
-                latest = get_request(self._config.runs_dir, record.reqid)
-                changed = _update_request(latest, results)
-                if changed != latest:
-                    self._save(changed)
+            lock.acquire_within(5)
+            latest = get_request(self._config.runs_dir, record.reqid)
+            changed = _update_request(latest, results)
+            if changed != latest:
+                self._save(changed)
         except (NotFound, StorageError) as error:
             LOG.event("run-store-fail", REQID=record.reqid, MESSAGE=error.message)
+        finally:
+            lock.release()
 
     def is_coming(self, record: RequestRecord, host: str) -> bool:
         """Whether a host that does not know a run may just not have been asked yet: then somebody holds the
@@ -8555,6 +8662,8 @@ class Dispatcher:
                     unreachable, pause = Deadline(self._config.read_timeout), 0.5
                     if deadline.is_over():
                         return result
+                    if result.rtt < 1:  # it was to keep us waiting, and has not
+                        time.sleep(min(pause, deadline.left()))
                 elif result.state not in ("unreachable", "timeout", "unknown"):
                     return result
                 elif deadline.is_over() or (seconds is None and unreachable.is_over()):
@@ -8950,12 +9059,16 @@ class _Visit(NamedTuple):
     agent: Agent
     session: HostSession
     reqid: str
-    seconds: float
+    deadline: Deadline  # for all of it
+
+    def who(self) -> tuple:
+        """What another machine of the same name would not share."""
+        return self.agent.paired, self.agent.reqid, self.agent.cert_name
 
     def ask(self, path: str, **body: str) -> tuple:
         """One more request: (status, answer). Raises TransportError."""
         body["reqid"] = self.reqid
-        return self.session.request("POST", path, body, Deadline(self.seconds), MAX_BODY)
+        return self.session.request("POST", path, body, self.deadline, MAX_BODY)
 
     def rotate(self, action: str, serial: str) -> None:
         """Have the agent trust a serial, trust it no more, or revoke it. Raises Denied when it does not."""
@@ -8993,11 +9106,21 @@ class Caretaker:
         self.issuer = name_cas(split_pem(read_certificate_file(self.signer).decode("ascii", "replace")))
 
     def _update(self, visit: _Visit, change: Callable) -> None:
-        update_agent(self._config.registry_dir, visit.agent.name, change)
+        """Change an agent's record, if it is still the one that this visit began with. Raises TrustError."""
+
+        def guarded(known: Agent) -> Agent:
+            if (known.paired, known.reqid, known.cert_name) != visit.who():
+                raise TrustError("it was paired anew meanwhile")
+            if visit.session.peer_cert().serial in load_revoked(self._config.revoked_serials):
+                raise TrustError("its certificate was revoked meanwhile")
+            return change(known)
+
+        if update_agent(self._config.registry_dir, visit.agent.name, guarded) is None:
+            raise TrustError("it was unpaired meanwhile")
 
     def tend(self, agent: Agent, session: HostSession, is_current: bool) -> Optional[Finding]:
         """Do what is due on a host that has just answered, and say what was done. Fits `HostClient.call`."""
-        visit = _Visit(agent, session, new_id(), self._config.read_timeout)
+        visit = _Visit(agent, session, new_id(), Deadline(2 * self._config.read_timeout))
         try:
             self._confirm(visit, is_current)
             finding = self._renew(visit)
@@ -9087,7 +9210,7 @@ class Caretaker:
         if status != 200:
             raise TrustError("it refused the renewal: %s" % _quote_error(status, answer))
         if "ca" in body:
-            self._update(visit, lambda known: known._replace(cas=self.cas, renewal_tried=""))
+            self._update(visit, lambda known: known._replace(cas=self.cas))
         if not certificate:
             return Finding(
                 "OK", "it has heard of the CA's successor" if self.handover else "it has the new CA"
@@ -9497,17 +9620,18 @@ class Upkeep:
 def revoke_agent(config: Config, who: str, is_sure: bool = False) -> list:
     """Refuse the certificates of a host, or a single one by its serial, from now on; the serials refused.
     `is_sure`: also a serial that no registered host has. Raises UsageError, StorageError, TrustError."""
-    agent = find_agent(config.registry_dir, who) if HOST_NAME.fullmatch(who) else None
-    try:
-        serials = list_serials(agent) if agent is not None else [parse_serial(who)]
-    except ValueError:
-        hint = "a name of `ced list-agents`, or a serial"
-        raise UsageError("%s is neither a registered host nor a serial" % one_line(who[:80]), hint) from None
-    if agent is None and not is_sure:
-        known = {serial for one in load_agents(config.registry_dir)[0] for serial in list_serials(one)}
-        if serials[0] not in known:
-            raise UsageError("no registered host has a certificate %s" % serials[0], _IF_SURE)
-    add_revoked(config.revoked_serials, serials, "revoked: %s" % who)
+    with registry_lock(config.registry_dir):  # so that no certificate is made for it meanwhile
+        agent = find_agent(config.registry_dir, who)
+        try:
+            serials = list_serials(agent) if agent is not None else [parse_serial(who)]
+        except ValueError:
+            message = "%s is neither a registered host nor a serial" % one_line(who[:80])
+            raise UsageError(message, "a name of `ced list-agents`, or a serial") from None
+        if agent is None and not is_sure:
+            known = {serial for one in load_agents(config.registry_dir)[0] for serial in list_serials(one)}
+            if serials[0] not in known:
+                raise UsageError("no registered host has a certificate %s" % serials[0], _IF_SURE)
+        add_revoked(config.revoked_serials, serials, "revoked: %s" % who)
     LOG.event("revoked-cert", NAME=who, SERIALS=",".join(serials))
     return serials
 
@@ -9963,7 +10087,11 @@ def _check_browser(request: Request) -> None:
         raise BadRequest("a request needs a Host header (RFC 9112 section 3.2)")
     origin = request.headers.get("origin")
     own = ["%s://%s" % (scheme, str(host).lower()) for scheme in ("http", "https")]
-    if origin is not None and origin.lower() not in own:
+    # by address only: to a name, a page from elsewhere can give our address (DNS rebinding)
+    is_address = re.fullmatch(
+        r"localhost|[0-9.]{7,15}|\[[0-9a-f:.]+\]", re.sub(r":[0-9]+\Z", "", str(host).lower())
+    )
+    if origin is not None and (origin.lower() not in own or not is_address):
         raise Denied("web pages from elsewhere are refused")
 
 
@@ -10143,14 +10271,18 @@ class Api:
         dispatcher = self.dispatcher()
         words = tuple(call.fields.get("hosts", ()))
         failure: Optional[CtrlExecError] = None
-        try:
-            agents, problems = dispatcher.select(Selection(words, everything=not words))
+        if not dispatcher.has_hook():  # then it does not matter which hosts
+            self._authorise(call, dispatcher)
+        selection = Selection(words, everything=not words)
+        try:  # without a search for names like the one asked for: time tells
+            agents, problems = dispatcher.select(selection, is_terse=True)
         except CtrlExecError as error:
             agents, problems = [], []
             failure = error if words or not isinstance(error, UnknownHost) else None
         names = tuple(agent.name for agent in agents) or words
         self._authorise(call, dispatcher, hosts=names, **details)
         if failure is not None:
+            dispatcher.select(selection)
             raise failure
         return dispatcher, agents, problems
 

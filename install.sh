@@ -509,7 +509,7 @@ END
 install_api() {
     [ -n "$dispatcher" ] || install_dispatcher
     if [ "$kind" = live ]; then
-        open_to_api 0640 /var/lib/ctrl-exec/agents/*.json /var/lib/ctrl-exec/runs/*.json
+        open_to_api 0640 /var/lib/ctrl-exec/agents/*.json # not runs/: the API's user could put a link there
         open_to_api 0640 /etc/ctrl-exec/dispatcher.key
     fi
     install_service ctrl-exec-api

@@ -427,7 +427,7 @@ def test_locks_hold_between_the_api_and_ced_both_ways(api, deployment):
 def test_a_lock_is_for_the_group_whatever_the_umask(tmp_path):
     before = os.umask(0o077)
     try:
-        lock = ctrl_exec.FileLock(str(tmp_path / "a.lock"))
+        lock = ctrl_exec.FileLock(str(tmp_path / "a.lock"), mode=0o660)
         assert lock.acquire()
     finally:
         os.umask(before)
@@ -846,7 +846,8 @@ def test_a_registry_that_may_only_be_read_keeps_its_tags(deployment, monkeypatch
 def test_what_is_known_of_a_run_is_not_forgotten_for_an_older_word(deployment):
     config = deployment.control.config
     known = record_of("alpha")._replace(
-        reqid="known1", hosts={"alpha": ctrl_exec.Outcome("ok", 0)}, finished=ctrl_exec.iso_time(1e9)
+        reqid="known1", hosts={"alpha": ctrl_exec.Outcome("ok", 0)}, finished=ctrl_exec.iso_time(1e9),
+        started=ctrl_exec.iso_time(1e9),
     )
     ctrl_exec.save_request(config.runs_dir, known)
     stale = known._replace(hosts={"alpha": ctrl_exec.Outcome()}, finished="")
@@ -865,7 +866,7 @@ def test_a_host_that_cannot_stream_shows_what_the_listener_has_not_had():
 
 def test_callers_share_what_is_loaded_and_not_their_turns_to_connect(api):
     one = ctrl_exec.Api(api.config)
-    first, second = one.dispatcher()._client, one.dispatcher()._client
+    first, second = one.dispatcher().client, one.dispatcher().client
     assert first._context is second._context and first._handshakes is not second._handshakes
 
 

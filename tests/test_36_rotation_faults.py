@@ -340,7 +340,8 @@ def test_a_second_dispatcher_rotates_retires_and_revokes_only_its_own(site, seco
     assert trusted(alpha) == {first: "control", own: "twin", **present}
     well(ced(second, "maintain", clock=31 * DAY))
     assert trusted(alpha) == {first: "control", **present}
-    shown = findings(ced(second, "revoke", "--dispatcher", first, "--json"))
+    assert ced(second, "revoke", "--dispatcher", first).returncode == 2
+    shown = findings(ced(second, "revoke", "--dispatcher", first, "--force", "--json"))
     assert "FAIL dispatcher serial %s is not refused yet by alpha, beta" % first in shown
     assert trusted(alpha) == {first: "control", **present}
     assert "serial %s belongs to dispatcher control" % first in second.log()
