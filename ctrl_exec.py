@@ -3688,8 +3688,7 @@ class Hook(NamedTuple):
             )
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
-            LOG.event("auth", RESULT="error", REQID=context.reqid, HOOK=self.path, REASON=reason)
-            self._deny(context, "error", "the auth hook cannot be run", 1)
+            self._deny(context, "error", "the auth hook %s cannot be run: %s" % (self.path, reason), 1)
         if done.status is None:
             self._deny(context, "error", "the auth hook did not answer within %d s" % self.timeout, 1)
         if done.status in _HOOK_ANSWERS:

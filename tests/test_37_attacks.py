@@ -1,0 +1,409 @@
+"""What attacks on certificates, registry and records found, each kept as a test."""
+
+import json
+import os
+import tempfile
+import threading
+import time
+
+import ctrl_exec
+import pytest
+import support
+from support import wait_until
+
+OPENSSL = ctrl_exec.OpenSSL()
+DAY = 86400
+
+
+# --- words --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("word", ["[0-99999]" * 200, "[0-9]" * 6, "a[0-999999999]", "[1-2]" * 17])
+def test_a_word_that_names_too_many_hosts_is_refused_before_a_name_is_built(word):
+    with pytest.raises(ctrl_exec.UsageError, match="more than"):
+        ctrl_exec.expand_ranges(word)
+
+
+def test_ranges_multiply_and_keep_their_order_and_width():
+    assert ctrl_exec.expand_ranges("a[1-2]b[08-10,7]c") == [
+        "a1b08c", "a1b09c", "a1b10c", "a1b7c", "a2b08c", "a2b09c", "a2b10c", "a2b7c",
+    ]  # fmt: skip
+
+
+def test_more_than_a_hundred_patterns_are_refused(deployment):
+    words = tuple("a%d*" % number for number in range(101))
+    with pytest.raises(ctrl_exec.UsageError, match="more than 100"):
+        ctrl_exec.select_agents(deployment.control.config.registry_dir, ctrl_exec.Selection(words))
+
+
+# --- an agent that lies ---------------------------------------------------------------------------------------
+
+
+class Liar:
+    """An agent with the certificate of `host` that answers as it is told: h(path, body) to (status, object)."""
+
+    def __init__(self, host, answer):
+        context = ctrl_exec.new_server_context(ctrl_exec.agent_identity(host.config), True)
+        self.asked = []
+        self._answer = answer
+        self._listener = support.socket.create_server(("127.0.0.1", host.port))
+        threading.Thread(target=self._accept, args=(context,), daemon=True).start()
+
+    def _accept(self, context):
+        while True:
+            try:
+                raw, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(raw, context), daemon=True).start()
+
+    def _serve(self, raw, context):
+        with raw:
+            try:
+                with context.wrap_socket(raw, server_side=True) as tls:
+                    channel = ctrl_exec.Channel(tls)
+                    while True:
+                        request = ctrl_exec.read_request(channel, ctrl_exec.Deadline(60))
+                        self.asked.append(request.path)
+                        status, body = self._answer(request.path, json.loads(request.body or b"{}"))
+                        data = json.dumps(body).encode()
+                        tls.sendall(b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n%s" % (status, len(data), data))
+            except (OSError, ValueError):
+                pass
+
+    def close(self):
+        self._listener.close()
+
+
+@pytest.fixture
+def aged(fresh, monkeypatch):
+    """A deployment whose host is not running and has a certificate past half its life."""
+    site = fresh("solo", start=False)
+    identity = ctrl_exec.agent_identity(site["solo"].config)
+    with monkeypatch.context() as past:
+        past.setattr(ctrl_exec, "now", lambda: time.time() - 200 * DAY)
+        request = OPENSSL.new_request(identity.key, "solo")
+        ca = site.control.config.ca
+        pem = OPENSSL.sign(request, "solo", "agent", 300, ca, ctrl_exec.ca_key_path(ca))
+    ctrl_exec.write_atomic(identity.cert, pem.encode(), mode=0o644)
+    info = OPENSSL.read_certificate(identity.cert)
+    directory = site.control.config.registry_dir
+    ctrl_exec.update_agent(directory, "solo", lambda agent: ctrl_exec.with_certificate(agent, info, ""))
+    return site
+
+
+@pytest.mark.parametrize("verb", ["revoke", "unpair"])
+def test_an_agent_that_delays_its_renewal_is_refused_with_all_that_it_got(aged, verb):
+    control, host = aged.control, aged["solo"]
+    asked, go, given = threading.Event(), threading.Event(), []
+
+    def answer(path, body):
+        if path == "/renew":
+            asked.set()
+            go.wait(30)
+            return 200, {"status": "ok", "csr": OPENSSL.new_request(host.config.key, "solo")}
+        if path == "/renew-complete":
+            given.append(body["cert"])
+        return 200, {"status": "ok"}
+
+    liar = Liar(host, answer)
+    ping = control.spawn("ping", "solo", stdout=support.subprocess.DEVNULL)
+    assert asked.wait(30)
+    assert control.run(verb, "solo").returncode == 0
+    go.set()
+    ping.wait(60)
+    liar.close()
+    assert given == []
+    entry = ctrl_exec.find_agent(control.config.registry_dir, "solo")
+    assert (entry is None) == (verb == "unpair")
+    revoked = ctrl_exec.load_revoked(control.config.revoked_serials)
+    assert OPENSSL.read_certificate(host.config.cert).serial in revoked
+    assert entry is None or set(ctrl_exec.list_serials(entry)) <= revoked
+
+
+def test_an_agent_that_takes_certificates_and_never_uses_them_gets_one_an_hour(aged):
+    control, host = aged.control, aged["solo"]
+
+    def answer(path, _):
+        csr = OPENSSL.new_request(host.config.key, "solo") if path == "/renew" else ""
+        return 200, {"status": "ok", "csr": csr}
+
+    liar = Liar(host, answer)
+    for _ in range(4):
+        assert control.run("ping", "solo").returncode == 0
+    liar.close()
+    assert liar.asked.count("/renew-complete") == 1
+
+
+@pytest.mark.parametrize("tags", [{"t": "x" * 2_000_000}, {"bad name": "x"}, {"t": "x" * 257}])
+def test_tags_that_are_none_leave_the_registry_as_it_was(fresh, tags):
+    site = fresh("solo", start=False)
+    body = {"status": "ok", "host": "solo", "version": "1", "scripts": [], "tags": tags}
+    liar = Liar(site["solo"], lambda *_: (200, body))
+    site.control.run("discovery", "solo")
+    liar.close()
+    assert ctrl_exec.find_agent(site.control.config.registry_dir, "solo").tags == {}
+
+
+def test_a_host_has_no_more_than_sixty_four_tags(fresh):
+    site = fresh("solo", start=False)
+    tags = {"t%03d" % number: "x" for number in range(100)}
+    body = {"status": "ok", "host": "solo", "version": "1", "scripts": [], "tags": tags}
+    liar = Liar(site["solo"], lambda *_: (200, body))
+    assert site.control.run("discovery", "solo").returncode == 0
+    liar.close()
+    assert len(ctrl_exec.find_agent(site.control.config.registry_dir, "solo").tags) == ctrl_exec.MAX_TAGS
+
+
+# --- a dispatcher against another ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(fresh):
+    """A running agent that trusts `control` and, of the same CA, `bee`: (deployment, bee's TLS context)."""
+    site = fresh("solo", start=False)
+    control, host = site.control, site["solo"]
+    stem = os.path.join(control.root, "bee")
+    ctrl_exec.new_key_file(OPENSSL, stem + ".key", "ec")
+    ca = control.config.ca
+    request = OPENSSL.new_request(stem + ".key", "bee")
+    pem = OPENSSL.sign(request, "bee", "dispatcher", 365, ca, ctrl_exec.ca_key_path(ca))
+    ctrl_exec.write_atomic(stem + ".crt", pem.encode())
+    serial = OPENSSL.read_certificate(stem + ".crt").serial
+    ctrl_exec.add_trusted(host.config.trusted_dispatchers_path, serial, "bee")
+    host.start()
+    return site, support.client_context(stem + ".crt", stem + ".key")
+
+
+def test_a_dispatcher_cannot_fill_an_agents_revocation_list(two):
+    site, bee = two
+    host = site["solo"]
+    text = "".join("%030x  # by dispatcher bee\n" % n for n in range(ctrl_exec.MAX_OWN_SERIALS))
+    host.put(ctrl_exec.AGENT_ETC + "/revoked-serials", text)
+    body = {"serial": "ab" * 16, "action": "revoke", "reqid": "r1"}
+    status, answer = support.post(host.port, bee, "/rotate-serial", body)
+    assert status == 403 and "already" in answer["error"]
+    own = support.dispatcher_context(site.control)
+    assert support.post(host.port, own, "/rotate-serial", body)[0] == 200  # the other one's room is his own
+
+
+def test_a_dispatcher_cannot_fill_an_agents_trust_map(two):
+    site, bee = two
+    path = site["solo"].config.trusted_dispatchers_path
+    with open(path, "a", encoding="ascii") as file:
+        for number in range(ctrl_exec.MAX_OWN_SERIALS - 1):
+            file.write("%030x bee\n" % (number + 1))
+    before = ctrl_exec.load_trust_map(path)
+    body = {"serial": "cd" * 16, "action": "add", "reqid": "r1"}
+    assert support.post(site["solo"].port, bee, "/rotate-serial", body)[0] == 403
+    assert ctrl_exec.load_trust_map(path) == before
+
+
+def test_a_dispatcher_cannot_drop_a_ca_that_another_may_need(two):
+    site, bee = two
+    control, host = site.control, site["solo"]
+    assert control.run("setup-ca", "--next").returncode == 0
+    assert control.run("maintain").returncode == 0
+    assert len(ctrl_exec.load_cas(host.config.ca)) == 2
+    successor = ctrl_exec.next_path(control.config.ca)
+    bee.load_verify_locations(successor)
+    with open(successor, encoding="ascii") as file:
+        body = {"reqid": "r1", "ca": file.read()}
+    support.post(host.port, bee, "/renew-complete", body)
+    assert len(ctrl_exec.load_cas(host.config.ca)) == 2
+    assert control.run("ping", "solo").returncode == 0
+
+
+def test_an_agents_former_certificate_cannot_be_put_back(aged):
+    control, host = aged.control, aged["solo"]
+    with open(host.config.cert, encoding="ascii") as file:
+        former = file.read()
+    host.start()
+    assert control.run("maintain").returncode == 0
+    present = OPENSSL.read_certificate(host.config.cert).serial
+    context = support.dispatcher_context(control)
+    status, answer = support.post(host.port, context, "/renew-complete", {"reqid": "r1", "cert": former})
+    assert status == 400 and "older than the present one" in answer["error"]
+    assert OPENSSL.read_certificate(host.config.cert).serial == present
+
+
+def test_adding_a_serial_that_is_there_reloads_nothing(two):
+    site, _ = two
+    host, own = site["solo"], support.dispatcher_context(site.control)
+    body = {"serial": "ef" * 16, "action": "add", "reqid": "r1"}
+    answers = [support.post(host.port, own, "/rotate-serial", body) for _ in range(3)]
+    assert [(status, answer["had"]) for status, answer in answers] == [(200, False), (200, True), (200, True)]
+    assert len(host.events("reload")) == 1
+
+
+# --- what the API's user could leave for root --------------------------------------------------------------------
+
+
+GOOD = {
+    "reqid": "r1", "script": "hello", "mode": "sync", "username": "u", "source_ip": "", "finished": "",
+    "started": "2026-01-02T03:04:05Z", "hosts": {"alpha": ["ok", 0, ""]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"reqid": "r2"}, {"reqid": "r1 HTTP/1.1\r\nHost: x\r\n\r\nPOST /run HTTP/1.1"}, {"script": "\x1b[2J"},
+        {"mode": "x"}, {"started": "nonsense"}, {"finished": "9999-99-99T99:99:99"}, {"username": 1},
+        {"hosts": {"../runs/evil": ["ok", 0, ""]}}, {"hosts": {"a": ["ok", 0, {}]}}, {"hosts": {"a": [["x"], 0, ""]}},
+        {"hosts": {"\u00e4" * 241: ["ok", 0, ""]}}, {"hosts": {"a": ["ok", True, ""]}}, {"hosts": []},
+    ],
+)  # fmt: skip
+def test_a_planted_record_is_named_and_not_believed(deployment, change):
+    control = deployment.control
+    path = control.put(ctrl_exec.VAR + "/runs/r1.json", json.dumps(dict(GOOD, **change)))
+    try:
+        for verb in ("status", "wait", "cancel", "follow"):
+            done = control.run(verb, "r1")
+            assert done.returncode == 1 and "r1.json" in done.err, done.err
+        done = control.run("history")
+        assert done.returncode == 1 and "r1.json" in done.err
+    finally:
+        os.unlink(path)
+
+
+def test_a_good_record_is_read_as_it_was_written(deployment):
+    path = deployment.control.put(ctrl_exec.VAR + "/runs/r1.json", json.dumps(GOOD))
+    record = ctrl_exec.get_request(deployment.control.config.runs_dir, "r1")
+    os.unlink(path)
+    assert (record.script, record.hosts) == ("hello", {"alpha": ctrl_exec.Outcome("ok", 0, "")})
+
+
+def test_a_fifo_among_the_locks_holds_up_nobody(deployment):
+    directory = deployment.control.config.lock_dir
+    os.makedirs(directory, exist_ok=True)
+    path = os.path.join(directory, "x--y.lock")
+    os.mkfifo(path)
+    try:
+        assert ctrl_exec.list_locks(directory) == []
+    finally:
+        os.unlink(path)
+
+
+def test_a_lock_that_somebody_keeps_holds_a_status_up_for_a_moment_only(deployment):
+    control = deployment.control
+    reqid = control.json("run", "alpha", "hello")[1]["reqid"]
+    with ctrl_exec.FileLock(os.path.join(control.config.runs_dir, ".lock"), mode=0o660):
+        done = control.run("status", reqid)
+    assert done.returncode == 0 and "[done  exit:0]" in done.out
+    assert wait_until(lambda: [line for line in control.events("run-store-fail") if reqid in line])
+
+
+def test_what_is_no_record_does_not_end_the_sweep(tmp_path):
+    directory = str(tmp_path)
+    old = time.time() - 3 * DAY
+    os.mkdir(str(tmp_path / "a.json"))
+    os.symlink("/nowhere", str(tmp_path / "b.json"))
+    (tmp_path / "c.json").write_text("{}")
+    for name in ("a.json", "b.json", "c.json"):
+        os.utime(str(tmp_path / name), (old, old), follow_symlinks=False)
+    ctrl_exec.sweep_requests(directory, DAY)
+    assert sorted(name for name in os.listdir(directory) if name.endswith(".json")) == ["a.json"]
+
+
+@pytest.mark.parametrize("reason, expected", [("SSLV3_ALERT_BAD_RECORD_MAC", False), ("TLSV1_ALERT_UNKNOWN_CA", True)])
+def test_only_an_alert_about_our_certificate_says_that_nothing_was_done(reason, expected):
+    error = support.ssl.SSLError(1, "x")
+    error.reason = reason
+    assert ctrl_exec.is_refusal(error) == expected
+
+
+# --- the HTTP API -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def api(fresh):
+    """An API with 16 places and no hook, on a control host of its own: everything but /health is denied."""
+    server = support.ApiServer(fresh("solo", start=False).control, conf="api_max_connections = 16\n").start()
+    yield server
+    server.stop()
+
+
+def test_readers_that_take_nothing_do_not_keep_others_out(api):
+    slow = []
+    for _ in range(16):
+        sock = support.socket.socket()
+        sock.setsockopt(support.socket.SOL_SOCKET, support.socket.SO_RCVBUF, 2048)
+        sock.connect(("127.0.0.1", api.port))
+        sock.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 300)
+        slow.append(sock)
+    assert [api.call("GET", "/health").status for _ in range(5)] == [200] * 5
+    for sock in slow:
+        sock.close()
+
+
+def test_who_may_not_ask_costs_no_search_for_hosts(api):
+    for hosts in (["[0-99999]" * 200], ["*"] * 10_000, ["nobody"], ["solo"]):
+        reply = api.call("POST", "/ping", {"hosts": hosts})
+        assert (reply.status, json.loads(reply.body)["error"]) == (403, "not authorised: there is no auth hook here")
+
+
+@pytest.mark.parametrize("host", ["evil.example:7445", "evil.example", "127.0.0.1.evil.example"])
+def test_a_page_from_a_name_that_points_here_is_refused(api, host):
+    headers = {"Host": host, "Origin": "http://" + host, "Content-Type": "application/json"}
+    reply = api.call("POST", "/ping", {"hosts": ["solo"]}, **headers)
+    assert (reply.status, json.loads(reply.body)["error"]) == (403, "web pages from elsewhere are refused")
+
+
+# --- what first use found ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words, hint",
+    [
+        (("run", "alpha", "hello", "-a"), "arguments of the script go after --"),
+        (("run", "alpha"), "`alpha` is taken for the script, and no host is named"),
+        (("run", "--tags", "a=b", "hello"), "ced discovery learns the tags of hosts"),
+        (("pairing-token", "--ttl", "abc"), "--ttl: expected a whole number"),
+        (("revoke", "abc123"), "--force"),
+        (("revoke", "--dispatcher", "abc123"), "--force"),
+        (("edit-agent", "alpha", "--rename", "beta"), "beta is paired already"),
+    ],
+)
+def test_a_slip_is_answered_with_what_was_meant(deployment, words, hint):
+    done = deployment.control.run(*words)
+    assert done.returncode in (1, 2) and hint in done.err
+    assert "approve" not in done.err
+
+
+def test_commands_before_the_set_up_say_what_comes_first(tmp_path):
+    control = support.Control(tmp_path / "c", set_up=False)
+    for words in (("run", "x", "y"), ("ping", "x"), ("maintain",), ("rotate-cert",), ("serial-status",), ("retire-ca",)):
+        done = control.run(*words)
+        assert done.returncode == 1 and "ced setup-ca" in done.err, (words, done.err)
+    done = control.run("setup-ca", "--next")
+    assert done.returncode == 1 and "there is no CA yet" in done.err
+    assert os.listdir(control.file(ctrl_exec.ETC)) == ["ctrl-exec.conf"]
+
+
+def test_a_hook_that_is_put_on_a_host_counts_from_the_next_request_on():
+    with tempfile.TemporaryDirectory() as top:  # into which the agent's unprivileged half can look
+        os.chmod(top, 0o755)
+        with support.Deployment(top, ("solo",)) as site:
+            assert site.control.run("run", "solo", "hello").returncode == 0
+            site["solo"].put(ctrl_exec.AGENT_ETC + "/auth-hook", "#!/bin/sh\nexit 3\n", 0o755)
+            done = site.control.run("run", "solo", "hello")
+    assert done.returncode == 1 and "insufficient privilege" in done.out
+
+
+def test_a_run_that_was_cancelled_is_remembered_as_ended(deployment):
+    control = deployment.control
+    reqid = control.json("run", "--async", "alpha", "sleep", "--", "300")[1]["reqid"]
+    assert control.run("cancel", reqid).returncode == 0
+    runs = {run["reqid"]: run for run in control.json("history")[1]["runs"]}
+    assert (runs[reqid]["hosts"]["alpha"]["state"], bool(runs[reqid]["finished"])) == ("failed", True)
+
+
+def test_discovery_says_no_of_a_script_whose_profile_cannot_be_applied(fresh):
+    site = fresh("solo", start=False)
+    host = site["solo"]
+    host.configure("[profile cap]\ncaps = cap_net_raw\n")
+    host.script("raw", "echo\n", "profile=cap")
+    host.start()
+    scripts = site.control.json("discovery", "solo")[1]["hosts"]["solo"]["scripts"]
+    assert {one["name"]: one["executable"] for one in scripts}["raw"] is False
