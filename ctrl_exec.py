@@ -9104,6 +9104,15 @@ class Caretaker:
         self.signer = next_path(ca) if self.handover else ca  # of agents' certificates
         self.issuer = name_cas(split_pem(read_certificate_file(self.signer).decode("ascii", "replace")))
 
+    def agents(self) -> list:
+        """All hosts whose records can be read."""
+        return load_agents(self._config.registry_dir)[0]
+
+    def edit(self, edit: Callable) -> None:
+        """Write what `edit(rotation)` makes of rotation.json. Raises StorageError."""
+        edit_rotation(rotation_path(self._config), edit)
+        self.load()
+
     def _update(self, visit: _Visit, change: Callable) -> None:
         """Change an agent's record, if it is still the one that this visit began with. Raises TrustError."""
 
@@ -9284,13 +9293,6 @@ class Rotator:
         self._openssl = OpenSSL()
         self._identity = dispatcher_identity(config)
 
-    def _agents(self) -> list:
-        return load_agents(self._config.registry_dir)[0]
-
-    def _edit(self, edit: Callable) -> None:
-        edit_rotation(rotation_path(self._config), edit)
-        self._caretaker.load()
-
     def settle(self) -> None:
         """Finish what an interrupted call has left."""
         settle_next(self._openssl, self._identity.cert, self._identity.key)
@@ -9302,13 +9304,13 @@ class Rotator:
         known = self._caretaker.rotation.former
         if kept != set(known):  # a call was killed, or somebody has moved files away
             former = {serial: entry for serial, entry in known.items() if serial in kept}
-            self._edit(lambda rotation: rotation._replace(former=former))
+            self._caretaker.edit(lambda rotation: rotation._replace(former=former))
             self._remember_former(kept - set(known))
 
     def _remember_former(self, serials: Iterable) -> None:
         since = iso_time(now())
         entries = {serial: {"since": since, "gone": []} for serial in serials}
-        self._edit(lambda rotation: rotation._replace(former={**entries, **rotation.former}))
+        self._caretaker.edit(lambda rotation: rotation._replace(former={**entries, **rotation.former}))
 
     def prepare(self) -> None:
         """Make the next key and certificate, which nobody uses yet; or go on with what there is."""
@@ -9322,7 +9324,7 @@ class Rotator:
         os.chown(key, own.st_uid, own.st_gid)  # whoever may read the present key may read the next
         os.chmod(key, stat.S_IMODE(own.st_mode))
         if not os.path.exists(cert):
-            is_known = all(map(self._caretaker.knows_cas, self._agents()))
+            is_known = all(map(self._caretaker.knows_cas, self._caretaker.agents()))
             signer = self._caretaker.signer if is_known else self._config.ca
             name, days = self._config.dispatcher_id, self._config.cert_days
             request = self._openssl.new_request(key, name)
@@ -9333,7 +9335,7 @@ class Rotator:
     def change_over(self) -> list:
         """Use the next certificate, if a host has heard of it; the former stays for those that have not."""
         former, serial = self._caretaker.serial, self._caretaker.next_serial
-        agents = self._agents()
+        agents = self._caretaker.agents()
         untold = [agent.name for agent in agents if agent.dispatcher_serial != serial]
         if agents and len(untold) == len(agents):
             what = "no host could be told of the new certificate: the present one stays in use"
@@ -9381,7 +9383,7 @@ class Rotator:
     def retire_former(self) -> list:
         """Drop a former certificate that no host trusts any more; after the overlap, name those that do."""
         findings = []
-        names = {agent.name for agent in self._agents()}
+        names = {agent.name for agent in self._caretaker.agents()}
         for serial, entry in sorted(self._caretaker.rotation.former.items()):
             if self._caretaker.is_overlap_over(entry) or (names and names <= set(entry["gone"])):
                 findings += self._retire_one(serial, set(entry["gone"]))
@@ -9391,7 +9393,7 @@ class Rotator:
         kept = former_identity(self._identity, serial)
         ends = self._openssl.read_certificate(kept.cert).not_after if os.path.exists(kept.cert) else 0.0
         findings = []
-        waiting = [agent for agent in self._agents() if agent.name not in gone]
+        waiting = [agent for agent in self._caretaker.agents() if agent.name not in gone]
         stale = [agent for agent in waiting if agent.dispatcher_serial != self._caretaker.serial]
         for agent in stale:
             if agent.serial_status != "stale":
@@ -9409,7 +9411,7 @@ class Rotator:
         for path in (kept.cert, kept.key):
             if os.path.exists(path):
                 os.unlink(path)
-        self._edit(
+        self._caretaker.edit(
             lambda known: known._replace(former={one: e for one, e in known.former.items() if one != serial})
         )
         LOG.event("serial-retire", SERIAL=serial)
@@ -9427,13 +9429,6 @@ class Upkeep:
         self._rotator = Rotator(config, dispatcher, self._caretaker)
         self._openssl = OpenSSL()
         self._identity = dispatcher_identity(config)
-
-    def _agents(self) -> list:
-        return load_agents(self._config.registry_dir)[0]
-
-    def _edit(self, edit: Callable) -> None:
-        edit_rotation(rotation_path(self._config), edit)
-        self._caretaker.load()
 
     def _alone(self) -> FileLock:
         """Held by whoever changes the dispatcher's certificate or the CA. Raises Unavailable."""
@@ -9480,13 +9475,15 @@ class Upkeep:
         care = self._caretaker
         found = [
             "%s (%s)" % (agent.name, "its certificate" if care.knows_cas(agent) else "has not heard of it")
-            for agent in self._agents()
+            for agent in self._caretaker.agents()
             if not care.knows_cas(agent) or agent.issuer != care.issuer
         ]
         if self._own_issuer() == self._config.ca:
             found.append("this dispatcher (its certificate)")
         else:
-            untold = [agent.name for agent in self._agents() if agent.dispatcher_serial != care.serial]
+            untold = [
+                agent.name for agent in self._caretaker.agents() if agent.dispatcher_serial != care.serial
+            ]
             found += ["%s (trusts only our former certificate)" % name for name in untold]
         return found
 
@@ -9524,7 +9521,7 @@ class Upkeep:
     def is_known(self, serial: str) -> bool:
         """Whether a serial is or was one of this dispatcher's, as far as is remembered."""
         rotation = self._caretaker.rotation
-        trusted = {agent.dispatcher_serial for agent in self._agents()}
+        trusted = {agent.dispatcher_serial for agent in self._caretaker.agents()}
         return serial in {*rotation.former, *rotation.revoked, *trusted, self._caretaker.serial}
 
     def revoke_dispatcher(self, serial: str, is_sure: bool) -> list:
@@ -9537,7 +9534,7 @@ class Upkeep:
         if serial in (self._caretaker.serial, self._caretaker.next_serial):
             raise TrustError("%s is the certificate in use here" % serial, "first: ced rotate-cert")
         entry = {"since": iso_time(now()), "told": []}
-        self._edit(lambda rotation: rotation._replace(revoked={serial: entry, **rotation.revoked}))
+        self._caretaker.edit(lambda rotation: rotation._replace(revoked={serial: entry, **rotation.revoked}))
         LOG.event("rotate", SERIAL=serial, CHANGE="revoke")
         findings = self._visit_all()
         told = self._caretaker.rotation.revoked[serial]["told"]
@@ -9547,7 +9544,7 @@ class Upkeep:
     def _report_revoked(self) -> list:
         findings = []
         for serial, entry in sorted(self._caretaker.rotation.revoked.items()):
-            left = [agent.name for agent in self._agents() if agent.name not in entry["told"]]
+            left = [agent.name for agent in self._caretaker.agents() if agent.name not in entry["told"]]
             if left:
                 what = "dispatcher serial %s is not refused yet by %s" % (serial, ", ".join(left))
                 findings.append(Finding("FAIL", what, "ced maintain tells them when they answer"))
@@ -9560,7 +9557,7 @@ class Upkeep:
         info = self._openssl.read_certificate(self._identity.cert)
         if self._caretaker.next_serial or info.not_after - now() < self._config.cert_renewal_days * 86400:
             return True
-        if not self._caretaker.handover or not all(map(self._caretaker.knows_cas, self._agents())):
+        if not self._caretaker.handover or not all(map(self._caretaker.knows_cas, self._caretaker.agents())):
             return False
         return self._own_issuer() == self._config.ca
 
@@ -9584,7 +9581,7 @@ class Upkeep:
             else:
                 findings = self._visit_all()
             findings += self._rotator.retire_former() + self._report_revoked() + self._report_successor()
-            self._edit(lambda rotation: rotation._replace(checked=iso_time(now())))
+            self._caretaker.edit(lambda rotation: rotation._replace(checked=iso_time(now())))
         finally:
             lock.release()
         levels = [finding.level for finding in findings]
@@ -9595,7 +9592,7 @@ class Upkeep:
         """Which certificates of this dispatcher there are, and which of them each host knows."""
         care = self._caretaker
         info = self._openssl.read_certificate(self._identity.cert)
-        names = {agent.name for agent in self._agents()}
+        names = {agent.name for agent in self._caretaker.agents()}
         overlap = self._config.cert_overlap_days
         former = [
             {"serial": serial, "since": entry["since"], "overlap_days": overlap,
@@ -9609,7 +9606,7 @@ class Upkeep:
         agents = [
             {"name": agent.name, "serial": agent.dispatcher_serial, "confirmed": agent.serial_confirmed,
              "status": _serial_status(agent, (care.serial, care.next_serial))}
-            for agent in self._agents()
+            for agent in self._caretaker.agents()
         ]  # fmt: skip
         body = {"serial": care.serial, "expiry": iso_time(info.not_after), "next": care.next_serial}
         body.update(former=former, revoked=revoked, agents=agents, checked=care.rotation.checked)
