@@ -128,8 +128,11 @@ class Control(Program):
         return done.returncode, json.loads(done.out)
 
     def wait_for_lock(self):
-        """Wait until a run holds a lock here; the request's id."""
-        return wait_until(lambda: ctrl_exec.list_locks(self.config.lock_dir), what="a lock")[0]["reqid"]
+        """Wait until a run holds a lock here and has written into it whose it is; the request's id."""
+        locks = wait_until(
+            lambda: [lock for lock in ctrl_exec.list_locks(self.config.lock_dir) if "reqid" in lock], what="a lock"
+        )
+        return locks[0]["reqid"]
 
     def serial(self):
         return ctrl_exec.OpenSSL().read_certificate(self.config.cert).serial
