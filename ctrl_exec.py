@@ -8423,8 +8423,8 @@ class HostClient:
 # ======================================================================================================
 # 20. DISPATCH
 # Owns:  what a command means: `ping`, `discovery`, `run` and what comes after it; changes to the registry
-#        that an operator asks for; the checks of the control host.
-# Uses:  HEAD, ERRORS, GROUND, SETTINGS, OPENSSL, TRUST, POLICY, RECORDS, REGISTRY, PAIRING, HOSTS
+#        that an operator asks for.
+# Uses:  HEAD, ERRORS, GROUND, SETTINGS, OPENSSL, TRUST, POLICY, RECORDS, REGISTRY, HOSTS
 # ======================================================================================================
 
 
@@ -8894,99 +8894,12 @@ def edit_agent(config: Config, name: str, edit: AgentEdit) -> Agent:
     return changed
 
 
-# --- checks of the control host -------------------------------------------------------------------------
-
-
-def _measure_skew(result: HostResult) -> Optional[float]:
-    """Seconds that a host's clock is ahead of ours, as far as its answer's time of arrival tells; None for a
-    release that does not say."""
-    try:
-        skew = parse_iso_time(str(result.answer.get("time"))) - now()
-    except ValueError:
-        return None
-    return 0.0 if abs(skew) <= 1 + result.rtt else skew
-
-
-def check_hosts(dispatcher: Dispatcher, agents: list) -> list:
-    """Whether each host answers and its clock agrees with ours, one Finding each."""
-    findings = []
-    for result in dispatcher.ping(agents, new_id()) if agents else ():
-        skew = _measure_skew(result)
-        if result.state != "ok":
-            findings.append(
-                Finding("WARN", "%s: %s" % (result.host, result.error or result.state), result.hint)
-            )
-        elif skew is None:
-            what = "%s answers (an older agent: it does not tell the time)" % result.host
-            findings.append(Finding("WARN", what, "install this release there, and pair it again"))
-        elif abs(skew) > MAX_SKEW:
-            words = (result.host, abs(skew), "ahead of" if skew > 0 else "behind")
-            what = "%s: its clock is %d s %s this one" % words
-            findings.append(Finding("WARN", what, "set one of them: certificates are judged by the clock"))
-        else:
-            findings.append(Finding("OK", "%s answers, and its clock agrees" % result.host))
-    return sorted(findings, key=lambda finding: finding.what)
-
-
-def _check_registered(agent: Agent, revoked: frozenset) -> Iterator[Finding]:
-    days = count_days_left(agent.expiry)
-    if agent.serial in revoked:
-        yield Finding(
-            "FAIL",
-            "%s: its certificate is revoked" % agent.name,
-            "ced unpair %s, and pair it again" % agent.name,
-        )
-    if days is not None and days < 0:
-        yield Finding(
-            "FAIL", "%s: its certificate has expired" % agent.name, "pair it again: approve --replace"
-        )
-    elif days is not None and days < 30:
-        yield Finding("WARN", "%s: its certificate expires in %d days" % (agent.name, days))
-
-
-def check_dispatcher(config: Config) -> list:
-    """Everything the dispatcher depends on, one Finding each."""
-    findings = [Finding("WARN", warning) for warning in config.warnings]
-    findings.append(Finding("OK", describe_config(config)))
-    openssl, identity = OpenSSL(), dispatcher_identity(config)
-    ca = try_check(findings, "CA certificate %s" % config.ca, lambda: openssl.read_certificate(config.ca))
-    if ca is not None:
-        findings += [check_expiry(config.ca, ca), *check_ca_form(config.ca)]
-        if os.path.exists(ca_key_path(config.ca)):
-            try_check(
-                findings, "CA key %s" % ca_key_path(config.ca), lambda: check_key_mode(ca_key_path(config.ca))
-            )
-        else:
-            findings.append(Finding("WARN", "no CA key here: this host can run scripts, but pair nobody"))
-    own = try_check(
-        findings,
-        "identity %s" % identity.cert,
-        lambda: check_identity(openssl, identity, "sslclient", DISPATCHER_USER),
-    )
-    files = (config.path, config.ca, config.cert, config.revoked_serials, config.registry_dir)
-    findings += check_files(files)
-    if own is not None:
-        findings.append(check_expiry(identity.cert, own))
-    revoked = try_check(findings, "revocation list", lambda: load_revoked(config.revoked_serials))
-    hook = find_hook(config.auth_hook, config.default_path(ETC + "/auth-hook"), config.auth_hook_timeout)
-    if hook is not None:
-        try_check(findings, "auth hook %s" % hook.path, lambda: check_hook(hook))
-    registry = try_check(
-        findings, "registry %s" % config.registry_dir, lambda: load_agents(config.registry_dir)
-    )
-    if registry is not None:
-        agents, problems = registry
-        findings += [Finding("FAIL", problem, "mend it, or pair the host again") for problem in problems]
-        for agent in agents:
-            findings += _check_registered(agent, revoked or frozenset())
-    return findings
-
-
 # ======================================================================================================
 # 21. UPKEEP
 # Owns:  trust that looks after itself: agents' certificates are renewed, the dispatcher's is rotated, the CA
-#        is replaced, revoked dispatchers are made known; and who has heard of what.
-# Uses:  HEAD, ERRORS, GROUND, SETTINGS, OPENSSL, TRUST, REGISTRY, PAIRING, HOSTS, DISPATCH
+#        is replaced, revoked dispatchers are made known; who has heard of what; and the control host's
+#        checks of itself.
+# Uses:  HEAD, ERRORS, GROUND, SETTINGS, OPENSSL, TRUST, POLICY, REGISTRY, PAIRING, HOSTS, DISPATCH
 # On disk: rotation.json, upkeep.lock; the dispatcher's .next and .former-SERIAL certificates and keys
 #
 #   The dispatcher's certificate changes in steps, each of which a call that was killed can go on from:
@@ -9632,12 +9545,100 @@ def revoke_agent(config: Config, who: str, is_sure: bool = False) -> list:
     return serials
 
 
+# --- checks of the control host -------------------------------------------------------------------------
+
+
+def _measure_skew(result: HostResult) -> Optional[float]:
+    """Seconds that a host's clock is ahead of ours, as far as its answer's time of arrival tells; None for a
+    release that does not say."""
+    try:
+        skew = parse_iso_time(str(result.answer.get("time"))) - now()
+    except ValueError:
+        return None
+    return 0.0 if abs(skew) <= 1 + result.rtt else skew
+
+
+def check_hosts(dispatcher: Dispatcher, agents: list) -> list:
+    """Whether each host answers and its clock agrees with ours, one Finding each."""
+    findings = []
+    for result in dispatcher.ping(agents, new_id()) if agents else ():
+        skew = _measure_skew(result)
+        if result.state != "ok":
+            findings.append(
+                Finding("WARN", "%s: %s" % (result.host, result.error or result.state), result.hint)
+            )
+        elif skew is None:
+            what = "%s answers (an older agent: it does not tell the time)" % result.host
+            findings.append(Finding("WARN", what, "install this release there, and pair it again"))
+        elif abs(skew) > MAX_SKEW:
+            words = (result.host, abs(skew), "ahead of" if skew > 0 else "behind")
+            what = "%s: its clock is %d s %s this one" % words
+            findings.append(Finding("WARN", what, "set one of them: certificates are judged by the clock"))
+        else:
+            findings.append(Finding("OK", "%s answers, and its clock agrees" % result.host))
+    return sorted(findings, key=lambda finding: finding.what)
+
+
+def _check_registered(agent: Agent, revoked: frozenset) -> Iterator[Finding]:
+    days = count_days_left(agent.expiry)
+    if agent.serial in revoked:
+        yield Finding(
+            "FAIL",
+            "%s: its certificate is revoked" % agent.name,
+            "ced unpair %s, and pair it again" % agent.name,
+        )
+    if days is not None and days < 0:
+        yield Finding(
+            "FAIL", "%s: its certificate has expired" % agent.name, "pair it again: approve --replace"
+        )
+    elif days is not None and days < 30:
+        yield Finding("WARN", "%s: its certificate expires in %d days" % (agent.name, days))
+
+
+def check_dispatcher(config: Config) -> list:
+    """Everything the dispatcher depends on, one Finding each."""
+    findings = [Finding("WARN", warning) for warning in config.warnings]
+    findings.append(Finding("OK", describe_config(config)))
+    openssl, identity = OpenSSL(), dispatcher_identity(config)
+    ca = try_check(findings, "CA certificate %s" % config.ca, lambda: openssl.read_certificate(config.ca))
+    if ca is not None:
+        findings += [check_expiry(config.ca, ca), *check_ca_form(config.ca)]
+        if os.path.exists(ca_key_path(config.ca)):
+            try_check(
+                findings, "CA key %s" % ca_key_path(config.ca), lambda: check_key_mode(ca_key_path(config.ca))
+            )
+        else:
+            findings.append(Finding("WARN", "no CA key here: this host can run scripts, but pair nobody"))
+    own = try_check(
+        findings,
+        "identity %s" % identity.cert,
+        lambda: check_identity(openssl, identity, "sslclient", DISPATCHER_USER),
+    )
+    files = (config.path, config.ca, config.cert, config.revoked_serials, config.registry_dir)
+    findings += check_files(files)
+    if own is not None:
+        findings.append(check_expiry(identity.cert, own))
+    revoked = try_check(findings, "revocation list", lambda: load_revoked(config.revoked_serials))
+    hook = find_hook(config.auth_hook, config.default_path(ETC + "/auth-hook"), config.auth_hook_timeout)
+    if hook is not None:
+        try_check(findings, "auth hook %s" % hook.path, lambda: check_hook(hook))
+    registry = try_check(
+        findings, "registry %s" % config.registry_dir, lambda: load_agents(config.registry_dir)
+    )
+    if registry is not None:
+        agents, problems = registry
+        findings += [Finding("FAIL", problem, "mend it, or pair the host again") for problem in problems]
+        for agent in agents:
+            findings += _check_registered(agent, revoked or frozenset())
+    return findings
+
+
 # ======================================================================================================
 # 22. API
 # Owns:  the same operations over HTTP, for programs: which there are, who may ask for them, what their
 #        answers look like, and the OpenAPI document, which is made from the same table.
 # Uses:  HEAD, ERRORS, GROUND, SETTINGS, OPENSSL, TRUST, WIRE, SERVER, POLICY, RECORDS, REGISTRY, HOSTS,
-#        DISPATCH
+#        DISPATCH, UPKEEP
 # Why here: a thin skin on DISPATCH. It keeps nothing that another server on the same files would miss.
 # ======================================================================================================
 
