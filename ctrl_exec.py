@@ -96,6 +96,7 @@ MAX_STATE_FILE = 1024 * 1024  # any one of our own JSON files
 MAX_SIDECAR = 64 * 1024
 MAX_SUPERVISORS = 512  # runs at once on one agent; a front that runs wild costs this many processes, no more
 MAX_TAGS = 64  # of one host
+MAX_FAULTS = 10  # of one directory that a check names: a screen of them says what is wrong
 MAX_OWN_SERIALS = 256  # that one dispatcher can have in an agent's lists; a rotation a month needs 12 a year
 MAX_NAME = 253  # a host name (RFC 1035 section 2.3.4 less the root)
 MAX_SCRIPT_NAME = 128  # a script name becomes part of file names, which end at 255 bytes
@@ -377,6 +378,19 @@ def parse_iso_time(text: str) -> float:
     return float(((days * 24 + hour) * 60 + minute) * 60 + second)
 
 
+def measure_skew(told: str) -> Optional[float]:
+    """Seconds that a clock which has just said `told` is ahead of ours; None when that is no time."""
+    try:
+        return parse_iso_time(told) - now()
+    except ValueError:
+        return None
+
+
+def describe_skew(skew: float) -> str:
+    """How a clock is to ours, in words."""
+    return "%d s %s this one" % (abs(skew), "ahead of" if skew > 0 else "behind")
+
+
 def new_id(size: int = 8) -> str:
     """`size` random bytes from the kernel, as lower-case hex."""
     return os.urandom(size).hex()
@@ -507,12 +521,13 @@ class Finding(NamedTuple):
     hint: str = ""
 
 
-def try_check(findings: list, what: str, check: Callable) -> Any:
-    """Add how one check went to `findings`, and return its result, or None when it failed."""
+def try_check(findings: list, what: str, check: Callable, hint: str = "") -> Any:
+    """Add how one check went to `findings`, and return its result, or None when it failed. `hint` is for an
+    error that has none of its own."""
     try:
         result = check()
     except CtrlExecError as error:
-        findings.append(Finding("FAIL", "%s: %s" % (what, error.message), error.hint))
+        findings.append(Finding("FAIL", "%s: %s" % (what, error.message), error.hint or hint))
         return None
     findings.append(Finding("OK", what))
     return result
@@ -542,17 +557,20 @@ def tell_systemd(state: str) -> None:
 # --- files ----------------------------------------------------------------------------------------------
 
 
-def find_service_owner(user: str) -> Optional[Owner]:
-    """The ids of a service user, when we are root and it exists; else None, and nothing changes hands."""
-    if os.geteuid() != 0:
-        return None
+def find_user(name: str) -> Optional[Owner]:
+    """The ids of a user of this machine."""
     import pwd
 
     try:
-        entry = pwd.getpwnam(user)
+        entry = pwd.getpwnam(name)
     except KeyError:
         return None
     return Owner(entry.pw_uid, entry.pw_gid)
+
+
+def find_service_owner(user: str) -> Optional[Owner]:
+    """The ids of a service user, when we are root and it exists; else None, and nothing changes hands."""
+    return find_user(user) if os.geteuid() == 0 else None
 
 
 def become_user(user: str) -> None:
@@ -677,24 +695,29 @@ def encode_state(value: dict) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode("ascii")
 
 
-def _check_part(part: str) -> int:
-    """Check one component of a path; returns its mode."""
+def _check_part(part: str, service: Optional[Owner] = None) -> int:
+    """Check one component of a path; returns its mode. What is a service's, its user and group may change."""
     status = os.lstat(part)
     mode = stat.S_IMODE(status.st_mode)
-    if status.st_uid not in (0, os.geteuid()):
-        raise ScriptRefused("%s belongs to user %d, not to root or the agent's user" % (part, status.st_uid))
+    uids, gids = {0, os.geteuid()}, {0}
+    if service is not None:
+        uids, gids = uids | {service.uid}, gids | {service.gid}
+    if status.st_uid not in uids:
+        message = "%s belongs to user %d, not to root or the agent's user" % (part, status.st_uid)
+        raise ScriptRefused(message, "chown root " + part)
     sticky = stat.S_ISDIR(status.st_mode) and mode & stat.S_ISVTX
     if stat.S_ISLNK(status.st_mode):
         mode = 0  # a symlink's own mode means nothing
     if mode & 0o002 and not sticky:
         raise ScriptRefused("%s is writable by everybody (mode %04o)" % (part, mode), "chmod o-w " + part)
-    if mode & 0o020 and status.st_gid != 0 and not sticky:
+    if mode & 0o020 and status.st_gid not in gids and not sticky:
         raise ScriptRefused("%s is writable by its group (mode %04o)" % (part, mode), "chmod g-w " + part)
     return status.st_mode
 
 
-def check_modes(path: str) -> None:
-    """Raise ScriptRefused when somebody other than root or we could change the file or its way there.
+def check_modes(path: str, service: Optional[Owner] = None) -> None:
+    """Raise ScriptRefused when somebody other than root, we and the service could change the file or its way
+    there.
 
     Every component is looked at, and where one is a symlink, every component of where it leads as well.
     A directory with the sticky bit (such as /tmp) may be writable by all: nobody can rename or remove
@@ -705,7 +728,7 @@ def check_modes(path: str) -> None:
     while rest:
         name = rest.pop(0)
         part = os.path.dirname(part) if name == ".." else os.path.join(part, name)
-        if name in (".", "..") or not stat.S_ISLNK(_check_part(part)):
+        if name in (".", "..") or not stat.S_ISLNK(_check_part(part, service)):
             continue
         hops += 1
         if hops > 40:
@@ -715,13 +738,71 @@ def check_modes(path: str) -> None:
         part = "/" if target.startswith("/") else os.path.dirname(part)
 
 
-def check_files(paths: Iterable) -> list:
-    """Whether somebody else could change what decides here, one Finding for each file that is there."""
+class Place(NamedTuple):
+    """A file of ours, or a directory with all that is in it, and who else may get at it."""
+
+    path: str
+    is_private: bool = False  # not everybody may read it
+    user: str = ""  # a service user who may own what is there, and whose group may write to it
+
+
+def _list_place(path: str, findings: list) -> list:
+    """A path and, if it is a directory, all that is in it; what cannot be looked into becomes a Finding."""
+    paths = [path]
+
+    def note(error: OSError) -> None:
+        if error.errno != errno.ENOENT:
+            what = "cannot look into %s: %s" % (error.filename, error.strerror)
+            findings.append(Finding("WARN", what, "run this as root"))
+
+    for directory, names, files in os.walk(path, onerror=note) if os.path.isdir(path) else ():
+        paths += [os.path.join(directory, name) for name in sorted(names + files)]
+    return paths
+
+
+def _is_for_all(path: str) -> bool:
+    """Whether everybody may read a file, or look into a directory."""
+    mode = os.stat(path).st_mode
+    if not mode & (0o001 if stat.S_ISDIR(mode) else 0o004):
+        return False
+    parent = os.path.dirname(path)
+    return parent == path or _is_for_all(parent)
+
+
+def _check_at(path: str, place: Place, service: Optional[Owner]) -> Optional[Finding]:
+    """What is wrong with one file of a place."""
+    try:
+        if path != place.path:
+            _check_part(path, service)
+            return None
+        check_modes(path, service)
+        if place.is_private and _is_for_all(path):
+            return Finding("WARN", "%s is for everybody to read" % path, "chmod o-rwx " + path)
+    except ScriptRefused as error:
+        return Finding("FAIL", error.message, error.hint)
+    except FileNotFoundError:  # a lock that was held, a file that was being written
+        pass
+    except OSError as error:
+        return Finding("WARN", "cannot look at %s: %s" % (path, error.strerror), "run this as root")
+    return None
+
+
+def _check_place(place: Place) -> list:
     findings: list = []
-    for path in paths:
-        if os.path.exists(path):
-            try_check(findings, "mode and owner of %s" % path, lambda: check_modes(path))
-    return findings
+    service = find_user(place.user) if place.user else None
+    paths = _list_place(place.path, findings)
+    findings += [finding for path in paths for finding in [_check_at(path, place, service)] if finding]
+    if len(findings) > MAX_FAULTS:
+        what = "%s: %d more like these" % (place.path, len(findings) - MAX_FAULTS)
+        findings[MAX_FAULTS:] = [Finding(findings[-1].level, what, "mend those first")]
+    inside = " and what is in it (%d)" % (len(paths) - 1) if len(paths) > 1 else ""
+    return findings or [Finding("OK", "mode and owner of %s%s" % (place.path, inside))]
+
+
+def check_places(places: Iterable) -> list:
+    """Whether somebody else could change what is ours, or read what is not for all: Findings for each place
+    that is there."""
+    return [finding for place in places if os.path.exists(place.path) for finding in _check_place(place)]
 
 
 def is_current(descriptor: int, path: str) -> bool:
@@ -2161,6 +2242,18 @@ def sibling_path(path: str, word: str) -> str:
     return "%s.%s%s" % (os.path.splitext(path)[0], word, os.path.splitext(path)[1])
 
 
+def find_siblings(path: str) -> list:
+    """A file and those that belong to it: ca.key, ca.next.key, ca.retired-SERIAL.key."""
+    directory, name = os.path.split(path)
+    stem, suffix = os.path.splitext(name)
+    try:
+        files = sorted(os.listdir(directory))
+    except OSError:  # not ours to look into
+        return [path]
+    kin = [file for file in files if file.startswith(stem + ".") and file.endswith(suffix)]
+    return [os.path.join(directory, file) for file in kin]
+
+
 def next_path(path: str) -> str:
     """Where the successor of a certificate or key waits: ca.next.crt."""
     return sibling_path(path, "next")
@@ -2192,18 +2285,21 @@ def settle_next(openssl: OpenSSL, cert: str, key: str) -> None:
             put_next(cert, key)
 
 
+def read_cas(path: str) -> list:
+    """The CA certificates in a file, each as PEM. Raises TrustError when there is none."""
+    try:
+        cas = split_pem(read_certificate_file(path).decode("ascii", "replace"))
+    except ValueError as error:
+        raise TrustError("%s: %s" % (path, error)) from error
+    if not cas:
+        raise TrustError("%s: not a CA certificate" % path)
+    return cas
+
+
 def load_cas(ca_cert: str) -> list:
     """The CAs that are believed, as PEM: those in the file, and its successor's. Raises TrustError."""
-    cas = []
-    for path in (ca_cert, next_path(ca_cert)):
-        if path == ca_cert or os.path.exists(path):
-            try:
-                cas += split_pem(read_certificate_file(path).decode("ascii", "replace"))
-            except ValueError as error:
-                raise TrustError("%s: %s" % (path, error)) from error
-    if not cas:
-        raise TrustError("%s: not a CA certificate" % ca_cert)
-    return cas
+    successor = next_path(ca_cert)
+    return read_cas(ca_cert) + (read_cas(successor) if os.path.exists(successor) else [])
 
 
 def former_identity(identity: Identity, serial: str) -> Identity:
@@ -2324,13 +2420,15 @@ def check_identity(openssl: OpenSSL, identity: Identity, purpose: str, group: st
     pem = read_certificate_file(identity.cert)
     try:
         openssl.check_chain(pem, "".join(load_cas(identity.ca)).encode("ascii"), purpose)
+        if purpose == "sslserver":
+            openssl.check_no_client(pem)
         openssl.find_key(pem, key_paths(identity.key))
     except TrustError as error:
         raise TrustError("%s: %s" % (identity.cert, error.message), error.hint) from error
     return info
 
 
-def check_expiry(path: str, info: CertInfo) -> Finding:
+def check_expiry(path: str, info: CertInfo, hint: str) -> Finding:
     """Whether a certificate's dates leave time."""
     days = int((info.not_after - now()) // 86400)
     if info.not_before > now():
@@ -2338,8 +2436,24 @@ def check_expiry(path: str, info: CertInfo) -> Finding:
             "FAIL", "%s is not valid before %s" % (path, iso_time(info.not_before)), "check this host's clock"
         )
     if days < 0:
-        return Finding("FAIL", "%s expired on %s" % (path, iso_time(info.not_after)))
-    return Finding("WARN" if days < 30 else "OK", "%s expires in %d days" % (path, days))
+        return Finding("FAIL", "%s expired on %s" % (path, iso_time(info.not_after)), hint)
+    return Finding("WARN" if days < 30 else "OK", "%s expires in %d days" % (path, days), hint * (days < 30))
+
+
+def check_name(path: str, info: CertInfo, name: str, hint: str) -> Finding:
+    """Whether a certificate is for `name`, and for nobody else."""
+    shown = info.names or (info.common_name,)
+    if [one.lower() for one in shown] == [name.lower()]:
+        return Finding("OK", "%s is for %s" % (path, name))
+    return Finding("WARN", "%s is for %s, and not for %s" % (path, ", ".join(shown), name), hint)
+
+
+def check_keys(path: str, group: str = "") -> list:
+    """Whether others can read a private key, or those that it replaced or that will replace it."""
+    findings: list = []
+    for key in find_siblings(path):
+        try_check(findings, "private key %s" % key, lambda: check_key_mode(key, group))
+    return findings
 
 
 def fingerprint(der: bytes) -> str:
@@ -2393,16 +2507,26 @@ def _load_ca(context: ssl.SSLContext, path: str) -> None:
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT
 
 
-def check_ca_form(ca_cert: str) -> list:
-    """What is weak about the CAs that are believed."""
+def _check_ca(openssl: OpenSSL, path: str, pem: str, hint: str) -> Iterator[Finding]:
     try:
-        if all(is_strict_ca(decode_pem(pem, "CERTIFICATE")) for pem in load_cas(ca_cert)):
-            return []
-    except TrustError as error:
-        return [Finding("FAIL", error.message, error.hint)]
-    what = "%s is of an older release: it has no extensions, and for it alone strict verification is off"
-    hint = "move on: ced setup-ca --next, ced maintain, ced retire-ca"
-    return [Finding("WARN", what % ca_cert, hint)]
+        openssl.check_chain(pem.encode("ascii"), pem.encode("ascii"), "any")
+        yield check_expiry(path, openssl.parse_certificate(pem.encode("ascii")), hint)
+    except (TrustError, ProgramError) as error:
+        yield Finding("FAIL", "%s: %s" % (path, error.message), error.hint or hint)
+    if not is_strict_ca(decode_pem(pem, "CERTIFICATE")):
+        what = "%s is of an older release: it has no extensions, and for it alone strict verification is off"
+        yield Finding("WARN", what % path, "move on: ced setup-ca --next, ced maintain, ced retire-ca")
+
+
+def check_cas(openssl: OpenSSL, ca_cert: str, hint: str) -> list:
+    """Every CA that is believed: whether it is one, its dates, and what is weak about it."""
+    findings: list = []
+    for path in (ca_cert, next_path(ca_cert)):
+        if path == ca_cert or os.path.exists(path):
+            found = try_check(findings, "CA certificate %s" % path, lambda: read_cas(path), "put it back")
+            for pem in found or ():
+                findings += _check_ca(openssl, path, pem, hint)
+    return findings
 
 
 def new_server_context(identity: Identity, verify_clients: bool, group: str = "") -> ssl.SSLContext:
@@ -4117,6 +4241,7 @@ def claim_run(store: RunStore, owner: str, reqid: str) -> int:
     Raises StorageError.
     """
     path = record_path(store, owner, reqid, ".out")
+    make_directory(store.directory, 0o750, store.file_owner)
     make_directory(os.path.dirname(path), 0o750, store.file_owner)
     while True:
         try:
@@ -5639,10 +5764,11 @@ class Executor:
 # ======================================================================================================
 # 15. CUSTODY
 # Owns:  what an agent changes about its own trust on the word of a dispatcher that it trusts: its
-#        certificate, the CAs it believes, its trusted-dispatchers map. It runs with the executor's rights,
-#        in a process of its own, and believes of a request only what it can check.
+#        certificate, the CAs it believes, its trusted-dispatchers map; and what their clocks have said, by
+#        which certificates are judged. It runs with the executor's rights, in a process of its own, and
+#        believes of a request only what it can check.
 # Uses:  HEAD, ERRORS, GROUND, OPENSSL, TRUST, JOBS
-# On disk: agent.crt, ca.crt, ctrl-exec-dispatchers, revoked-serials (all in the forms of TRUST)
+# On disk: agent.crt, ca.crt, ctrl-exec-dispatchers, revoked-serials (all in the forms of TRUST); clocks.json
 # ======================================================================================================
 
 
@@ -5653,7 +5779,27 @@ class Custody(NamedTuple):
     trust_map: str
     older_serial: str  # where an older release kept the one serial that it trusted
     revoked: str
+    clocks: str  # where it is kept what dispatchers' clocks have said
     host: str  # the name in its certificate
+
+
+class ClockNote(NamedTuple):
+    """What a dispatcher's clock said."""
+
+    ahead: int  # seconds that it was ahead of ours
+    seen: str  # ISO 8601, by our clock
+
+
+def load_clocks(path: str) -> dict:
+    """What dispatchers' clocks have said, by their ids. Raises StorageError."""
+    try:
+        values = read_json_file(path)
+        notes = {name: ClockNote(int(note["ahead"]), str(note["seen"])) for name, note in values.items()}
+    except FileNotFoundError:
+        return {}
+    except (KeyError, TypeError, ValueError) as error:
+        raise StorageError("%s: not a list of clocks" % path) from error
+    return notes
 
 
 _REVOKED_BY = "by dispatcher %s"  # in the revocation list
@@ -5673,7 +5819,10 @@ class Custodian:
 
     def tasks(self) -> dict:
         """Every task by the name of its operation."""
-        return {"renew": self.renew, "renew-complete": self.complete, "rotate-serial": self.rotate}
+        return {
+            "renew": self.renew, "renew-complete": self.complete, "rotate-serial": self.rotate,
+            "note-clock": self.note_clock,
+        }  # fmt: skip
 
     def renew(self, request: JobRequest) -> dict:
         """A certificate request from the key there is: what changes is the date, not who we are."""
@@ -5792,6 +5941,21 @@ class Custodian:
         edit_trust_map(self._custody.trust_map, self._custody.older_serial, edit)
         return had
 
+    def note_clock(self, request: JobRequest) -> dict:
+        """Keep what a dispatcher's clock has said, for `self-check`; args: the seconds that it is ahead."""
+        (ahead,) = request.args
+        path = self._custody.clocks
+        with FileLock(path + ".lock"):
+            try:
+                known = load_clocks(path)
+            except StorageError:  # it is only remembered
+                known = {}
+            trusted = load_trust_map(self._custody.trust_map, self._custody.older_serial).values()
+            notes = {name: note._asdict() for name, note in known.items() if name in trusted}
+            notes[request.owner] = ClockNote(int(ahead), iso_time(now()))._asdict()
+            write_atomic(path, encode_state(notes), mode=0o640)
+        return {"status": "ok", "reqid": request.reqid}
+
 
 # ======================================================================================================
 # 16. AGENT
@@ -5876,6 +6040,10 @@ def _recognise_self_ping(context: ssl.SSLContext, config: Config) -> None:
     context.sni_callback = look
 
 
+def clocks_path(config: Config) -> str:
+    return config.default_path(AGENT_VAR + "/clocks.json")
+
+
 def find_agent_hook(config: Config) -> Optional[Hook]:
     default = config.default_path(AGENT_ETC + "/auth-hook")
     return find_hook(config.auth_hook, default, config.auth_hook_timeout)
@@ -5948,7 +6116,7 @@ _RUN_FIELDS = (
     Field("stream", bool),
     Field("timeout", int, most=10**9),
 )
-_PING_FIELDS = (Field("reqid", str, most=64),)
+_PING_FIELDS = (Field("reqid", str, most=64), Field("time", str, most=64))
 _RENEW_FIELDS = (Field("reqid", str, True, 64),)
 _COMPLETE_FIELDS = (
     Field("reqid", str, True, 64),
@@ -6001,6 +6169,7 @@ class Front:
         config = bundle.config
         self._bundle = bundle
         self._control = control  # to the executor
+        self._clocks: dict = {}  # dispatcher id to what was noted last of its clock, and in which hour
         self._gate = AddressGate(
             config.allowed_ips, config.rate_limit_volume, config.rate_limit_probe, config.rate_limit_disable
         )
@@ -6065,12 +6234,31 @@ class Front:
         self._gate.count(peer.address, "volume")
         return Response(403, {"error": reason, "status": "forbidden"}, close=True)
 
-    def _ping(self, caller: Caller, _: Peer, request: Request, __: str) -> Response:
+    def _ping(self, caller: Caller, peer: Peer, request: Request, _: str) -> Response:
         fields = parse_fields(request.body, _PING_FIELDS)
         LOG.event("ping", REQID=fields["reqid"], PEER=caller.address, DISPATCHER=caller.dispatcher)
+        skew = measure_skew(fields["time"])
+        if skew is not None:  # an older dispatcher does not say
+            self._note_clock(caller, peer, skew)
         body = {"status": "ok", "host": self._bundle.host, "version": __version__}
         body.update(expiry=self._bundle.expiry, staged=False, reqid=fields["reqid"], time=iso_time(now()))
         return Response(200, body)
+
+    def _note_clock(self, caller: Caller, peer: Peer, skew: float) -> None:
+        """Have it kept what a dispatcher's clock says, once an hour, and whenever it comes to disagree with
+        ours or to agree again."""
+        note = (time.monotonic() // 3600, abs(skew) > MAX_SKEW)
+        if self._clocks.get(caller.dispatcher) == note:
+            return
+        self._clocks[caller.dispatcher] = note
+        job = JobRequest("note-clock", new_id(), caller.dispatcher, caller.address, args=(str(int(skew)),))
+        try:
+            event, rest = self._pass_on(job, peer)
+        except Unavailable:  # a ping needs no more than the answer
+            return
+        b"".join(rest)
+        if event["event"] != "answer":
+            LOG.event("run-store-fail", REQID=job.reqid, MESSAGE=event["error"])
 
     def _capabilities(self, caller: Caller, peer: Peer, _: Request, __: str) -> Response:
         reqid = new_id()
@@ -6247,7 +6435,7 @@ def _supervise(bundle: Bundle, control: socket.socket, order: Callable) -> None:
     config = bundle.config
     custody = Custody(
         agent_identity(config), config.trusted_dispatchers_path, config.dispatcher_serial_path,
-        config.revoked_serials, bundle.host,
+        config.revoked_serials, clocks_path(config), bundle.host,
     )  # fmt: skip
     serve_job(control, bundle.rules, Custodian(custody, OpenSSL(), order).tasks())
 
@@ -6311,31 +6499,90 @@ def _check_runnable(script: Script, rules: JobRules) -> None:
         raise ScriptRefused("%s is not executable" % path, "chmod +x " + path)
 
 
-def check_agent(config: Config) -> list:
-    """Everything the agent depends on, one Finding each."""
-    findings = [Finding("WARN", warning) for warning in config.warnings]
-    findings.append(Finding("OK", describe_config(config)))
+def _agent_places(config: Config) -> list:
+    """What decides something on an agent's host, or holds what not everybody may read."""
+    state = config.default_path(AGENT_VAR)
+    hook = find_agent_hook(config)
+    names = ("agent.lock", "clocks.json", "clocks.json.lock", "self-ping", "locks", "pairing")
+    locks = (config.trusted_dispatchers_path + ".lock", config.ca + ".lock")
+    return [
+        *(Place(path, is_private=True) for path in (config.path, scripts_conf_path(config), config.runs_dir)),
+        *(Place(path) for path in (*find_siblings(config.key), config.cert, config.ca)),
+        *(Place(path) for path in (config.trusted_dispatchers_path, config.dispatcher_serial_path)),
+        *(Place(path) for path in (config.revoked_serials, *locks)),
+        *(Place(os.path.join(state, name), is_private=True) for name in names),
+        *(Place(path) for path in ((hook.path,) if hook is not None else ())),
+    ]
+
+
+_PAIR_AGAIN = "cea request-pairing --dispatcher HOST"
+
+
+def _check_own_name(path: str, info: CertInfo) -> Finding:
+    """Whether the certificate is for this host, whose name may be given with its domain or without."""
+    own, called = info.names[0] if info.names else info.common_name, socket.gethostname()
+    is_ours = own.lower().partition(".")[0] == called.lower().partition(".")[0]
+    hint = "fine if it was approved under that name; a copied disk must be paired anew: " + _PAIR_AGAIN
+    return check_name(path, info, own if is_ours else called, hint)
+
+
+def _check_agent_identity(config: Config) -> list:
+    """Our certificate, its key, and the CAs that we believe."""
+    findings: list = []
     openssl, identity = OpenSSL(), agent_identity(config)
     info = try_check(
-        findings,
-        "identity %s" % identity.cert,
-        lambda: check_identity(openssl, identity, "sslserver", AGENT_USER),
-    )
+        findings, "identity %s" % identity.cert,
+        lambda: check_identity(openssl, identity, "sslserver", AGENT_USER), _PAIR_AGAIN,
+    )  # fmt: skip
     if info is not None:
-        findings.append(check_expiry(identity.cert, info))
-    paths = (config.trusted_dispatchers_path, config.dispatcher_serial_path)
-    trusted = try_check(findings, "trust map", lambda: load_trust_map(*paths))
-    if trusted is not None and not trusted:
-        findings.append(Finding("FAIL", "no dispatcher is trusted", "cea request-pairing --dispatcher HOST"))
-    try_check(findings, "revocation list", lambda: load_revoked(config.revoked_serials))
-    files = (config.path, scripts_conf_path(config), identity.cert, identity.ca, paths[0])
-    findings += check_files((*files, config.revoked_serials))
+        findings.append(check_expiry(identity.cert, info, "on the dispatcher: ced ping this host"))
+        findings.append(_check_own_name(identity.cert, info))
+    findings += check_keys(identity.key, AGENT_USER)
     if os.path.exists(identity.ca):
-        findings += check_ca_form(identity.ca)
+        findings += check_cas(openssl, identity.ca, "on the dispatcher: ced check")
+    return findings
+
+
+def _check_clocks(config: Config, trusted: dict) -> Iterator[Finding]:
+    """Whether the dispatchers' clocks agreed with ours when they last pinged us."""
+    notes = load_clocks(clocks_path(config))
+    for dispatcher in sorted({*trusted.values()}):
+        note = notes.get(dispatcher)
+        if note is None:
+            what = "dispatcher %s has not told this host the time" % dispatcher
+            yield Finding("WARN", what, "on it: ced ping this host; an older one does not tell")
+        elif abs(note.ahead) > MAX_SKEW:
+            words = (dispatcher, describe_skew(note.ahead), note.seen)
+            hint = "set one of them: certificates are judged by the clock; then, on it: ced ping this host"
+            yield Finding("WARN", "dispatcher %s: its clock was %s at %s" % words, hint)
+        else:
+            yield Finding("OK", "dispatcher %s: its clock agreed at %s" % (dispatcher, note.seen))
+
+
+def _check_trust(config: Config) -> list:
+    """Whom we believe: the map, the revocation list, and the dispatchers' clocks."""
+    findings: list = []
+    paths = (config.trusted_dispatchers_path, config.dispatcher_serial_path)
+    trusted = try_check(findings, "trust map", lambda: load_trust_map(*paths), "mend that line")
+    if trusted is not None and not trusted:
+        findings.append(Finding("FAIL", "no dispatcher is trusted", _PAIR_AGAIN))
+    try_check(findings, "revocation list", lambda: load_revoked(config.revoked_serials), "mend that line")
+    clocks = try_check(
+        findings,
+        "clocks",
+        lambda: list(_check_clocks(config, trusted or {})),
+        "remove it: it is only remembered",
+    )
+    return findings if clocks is None else findings[:-1] + clocks
+
+
+def _check_allowlist(config: Config) -> list:
+    """What may run here, and the hook that is asked."""
+    findings: list = []
     built = try_check(findings, "allowlist", lambda: build_rules(config, "", {}))
     if built is not None:
         rules, warnings = built
-        findings += [Finding("WARN", warning) for warning in warnings]
+        findings += [Finding("WARN", warning, "mend it, or remove it") for warning in warnings]
         for script in rules.scripts.values():
             try_check(findings, "script %s" % script.name, lambda: _check_runnable(script, rules))
             account = script.profile.run_as or ("root" if os.geteuid() == 0 else "")
@@ -6345,8 +6592,21 @@ def check_agent(config: Config) -> list:
                 )
     hook = find_agent_hook(config)
     if hook is not None:
-        try_check(findings, "auth hook %s" % hook.path, lambda: check_hook(hook))
+        try_check(
+            findings, "auth hook %s" % hook.path, lambda: check_hook(hook), "until then it denies everything"
+        )
     return findings
+
+
+def check_agent(config: Config) -> list:
+    """Everything the agent depends on, one Finding each."""
+    findings = [Finding("WARN", warning, "mend it in %s" % config.path) for warning in config.warnings]
+    findings += [
+        Finding("OK", describe_config(config)),
+        *_check_agent_identity(config),
+        *_check_trust(config),
+    ]
+    return findings + check_places(_agent_places(config)) + _check_allowlist(config)
 
 
 def ping_self(config: Config) -> CertInfo:
@@ -8461,6 +8721,12 @@ def _explain(result: HostResult) -> HostResult:
     return result._replace(hint=hint)
 
 
+def find_dispatcher_hook(config: Config) -> Optional[Hook]:
+    """The hook that is asked before anything is sent, if there is one."""
+    default = config.default_path(ETC + "/auth-hook")
+    return find_hook(config.auth_hook, default, config.auth_hook_timeout, config.auth_deny_generic)
+
+
 class Dispatcher:
     """The control host's operations. It keeps nothing between calls but the files that it works on."""
 
@@ -8468,13 +8734,7 @@ class Dispatcher:
         """`count`: see HostClient. Raises TrustError when the dispatcher's own identity cannot be used."""
         self._config = config
         self.client = HostClient(config, count)
-        hook = find_hook(
-            config.auth_hook,
-            config.default_path(ETC + "/auth-hook"),
-            config.auth_hook_timeout,
-            config.auth_deny_generic,
-        )
-        self._hook = hook
+        self._hook = find_dispatcher_hook(config)
 
     def select(self, selection: Selection, is_terse: bool = False) -> tuple:
         """The agents meant, and what is wrong with the registry; see `select_agents`."""
@@ -8511,7 +8771,7 @@ class Dispatcher:
         """Ask every agent whether it is there; `then` as in `HostClient.call`."""
 
         def work(agent: Agent) -> HostResult:
-            body = {"reqid": reqid}
+            body = {"reqid": reqid, "time": iso_time(now())}
             return self.client.call(agent, reqid, "POST", "/ping", body, judge_ping, then=then)
 
         return self._each(agents, "ping", work)
@@ -9548,21 +9808,11 @@ def revoke_agent(config: Config, who: str, is_sure: bool = False) -> list:
 # --- checks of the control host -------------------------------------------------------------------------
 
 
-def _measure_skew(result: HostResult) -> Optional[float]:
-    """Seconds that a host's clock is ahead of ours, as far as its answer's time of arrival tells; None for a
-    release that does not say."""
-    try:
-        skew = parse_iso_time(str(result.answer.get("time"))) - now()
-    except ValueError:
-        return None
-    return 0.0 if abs(skew) <= 1 + result.rtt else skew
-
-
 def check_hosts(dispatcher: Dispatcher, agents: list) -> list:
     """Whether each host answers and its clock agrees with ours, one Finding each."""
     findings = []
     for result in dispatcher.ping(agents, new_id()) if agents else ():
-        skew = _measure_skew(result)
+        skew = measure_skew(str(result.answer.get("time")))  # nothing from a release that does not say
         if result.state != "ok":
             findings.append(
                 Finding("WARN", "%s: %s" % (result.host, result.error or result.state), result.hint)
@@ -9570,9 +9820,8 @@ def check_hosts(dispatcher: Dispatcher, agents: list) -> list:
         elif skew is None:
             what = "%s answers (an older agent: it does not tell the time)" % result.host
             findings.append(Finding("WARN", what, "install this release there, and pair it again"))
-        elif abs(skew) > MAX_SKEW:
-            words = (result.host, abs(skew), "ahead of" if skew > 0 else "behind")
-            what = "%s: its clock is %d s %s this one" % words
+        elif abs(skew) > MAX_SKEW + result.rtt:
+            what = "%s: its clock is %s" % (result.host, describe_skew(skew))
             findings.append(Finding("WARN", what, "set one of them: certificates are judged by the clock"))
         else:
             findings.append(Finding("OK", "%s answers, and its clock agrees" % result.host))
@@ -9592,36 +9841,87 @@ def _check_registered(agent: Agent, revoked: frozenset) -> Iterator[Finding]:
             "FAIL", "%s: its certificate has expired" % agent.name, "pair it again: approve --replace"
         )
     elif days is not None and days < 30:
-        yield Finding("WARN", "%s: its certificate expires in %d days" % (agent.name, days))
+        yield Finding("WARN", "%s: its certificate expires in %d days" % (agent.name, days), "ced maintain")
+
+
+def _control_places(config: Config) -> list:
+    """What decides something on a control host, or holds what not everybody may read."""
+    hook = find_dispatcher_hook(config)
+    kin = [path for one in (config.ca, config.cert) for path in find_siblings(one)]
+    keys = [path for one in (ca_key_path(config.ca), config.key) for path in find_siblings(one)]
+    private = (config.path, config.registry_dir, rotation_path(config), token_directory(config))
+    locks = (config.default_path(VAR + "/upkeep.lock"), rotation_path(config) + ".lock")
+    return [
+        *(Place(path) for path in (*kin, *keys, *locks, config.revoked_serials)),
+        *(Place(path, is_private=True) for path in private),
+        *(
+            Place(path, True, DISPATCHER_USER)
+            for path in (config.runs_dir, config.lock_dir, config.pairing_dir)
+        ),
+        *(Place(path) for path in ((hook.path,) if hook is not None else ())),
+    ]
+
+
+_REPLACE_CA = "ced setup-ca --next, ced maintain, ced retire-ca"
+
+
+def _check_own_ca(config: Config, openssl: OpenSSL) -> list:
+    """The CA and, if it is here, its key; the same of its successor."""
+    findings = check_cas(openssl, config.ca, _REPLACE_CA)
+    key = ca_key_path(config.ca)
+    if not os.path.exists(key):
+        findings.append(
+            Finding("WARN", "no CA key here: this host can run scripts, but pair nobody", "pair where it is")
+        )
+    elif os.path.exists(config.ca):
+        try_check(
+            findings, "CA certificate %s and its key" % config.ca,
+            lambda: openssl.find_key(read_certificate_file(config.ca), key_paths(key)),
+            "one of them is of another CA: put back what belongs to it",
+        )  # fmt: skip
+    return findings + check_keys(key)
+
+
+def _check_own_identity(config: Config, openssl: OpenSSL) -> list:
+    """The dispatcher's certificates: the present one, the next, and those that it replaced."""
+    findings: list = []
+    identity = dispatcher_identity(config)
+    hint = "once: ced setup-ctrl-exec; when it has expired, move it away first, and pair every host again"
+    info = try_check(
+        findings, "identity %s" % identity.cert,
+        lambda: check_identity(openssl, identity, "sslclient", DISPATCHER_USER), hint,
+    )  # fmt: skip
+    if info is not None:
+        findings.append(check_expiry(identity.cert, info, "ced rotate-cert"))
+        hint = "hosts know it by the id that they paired with: set dispatcher_id back, or pair them again"
+        findings.append(check_name(identity.cert, info, config.dispatcher_id, hint))
+    following = Identity(next_path(identity.cert), next_path(identity.key), identity.ca)
+    for other in (following, *find_former(identity)):
+        if os.path.exists(other.cert):
+            try_check(
+                findings, "certificate %s and its key" % other.cert,
+                lambda: openssl.check_key_match(read_certificate_file(other.cert), other.key),
+                "remove both: hosts that know only this certificate must be paired again",
+            )  # fmt: skip
+    return findings + check_keys(identity.key, DISPATCHER_USER)
 
 
 def check_dispatcher(config: Config) -> list:
     """Everything the dispatcher depends on, one Finding each."""
-    findings = [Finding("WARN", warning) for warning in config.warnings]
-    findings.append(Finding("OK", describe_config(config)))
-    openssl, identity = OpenSSL(), dispatcher_identity(config)
-    ca = try_check(findings, "CA certificate %s" % config.ca, lambda: openssl.read_certificate(config.ca))
-    if ca is not None:
-        findings += [check_expiry(config.ca, ca), *check_ca_form(config.ca)]
-        if os.path.exists(ca_key_path(config.ca)):
-            try_check(
-                findings, "CA key %s" % ca_key_path(config.ca), lambda: check_key_mode(ca_key_path(config.ca))
-            )
-        else:
-            findings.append(Finding("WARN", "no CA key here: this host can run scripts, but pair nobody"))
-    own = try_check(
-        findings,
-        "identity %s" % identity.cert,
-        lambda: check_identity(openssl, identity, "sslclient", DISPATCHER_USER),
+    openssl = OpenSSL()
+    findings = [Finding("WARN", warning, "mend it in %s" % config.path) for warning in config.warnings]
+    findings += [Finding("OK", describe_config(config)), *_check_own_ca(config, openssl)]
+    findings += _check_own_identity(config, openssl) + check_places(_control_places(config))
+    revoked = try_check(
+        findings, "revocation list", lambda: load_revoked(config.revoked_serials), "mend that line"
     )
-    files = (config.path, config.ca, config.cert, config.revoked_serials, config.registry_dir)
-    findings += check_files(files)
-    if own is not None:
-        findings.append(check_expiry(identity.cert, own))
-    revoked = try_check(findings, "revocation list", lambda: load_revoked(config.revoked_serials))
-    hook = find_hook(config.auth_hook, config.default_path(ETC + "/auth-hook"), config.auth_hook_timeout)
+    path = rotation_path(config)
+    try_check(findings, "rotation %s" % path, lambda: load_rotation(path), "mend or remove it")
+    hook = find_dispatcher_hook(config)
     if hook is not None:
-        try_check(findings, "auth hook %s" % hook.path, lambda: check_hook(hook))
+        try_check(
+            findings, "auth hook %s" % hook.path, lambda: check_hook(hook), "until then it denies everything"
+        )
     registry = try_check(
         findings, "registry %s" % config.registry_dir, lambda: load_agents(config.registry_dir)
     )
@@ -10572,8 +10872,7 @@ def check_api(config: Config) -> list:
     findings = check_dispatcher(config)
     if config.api_cert or config.api_key:
         try_check(findings, "TLS of the API %s" % config.api_cert, lambda: load_api_context(config))
-    hook = find_hook(config.auth_hook, config.default_path(ETC + "/auth-hook"), config.auth_hook_timeout)
-    if hook is None and config.api_auth_default == "deny":
+    if find_dispatcher_hook(config) is None and config.api_auth_default == "deny":
         findings.append(Finding("WARN", "no auth hook: the API denies everything", "write one, see README"))
     shown = [warning for warning in list_api_warnings(config) if warning not in config.warnings]
     return findings + [Finding("WARN", warning) for warning in shown]
