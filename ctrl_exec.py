@@ -5055,8 +5055,9 @@ def _describe_exec_error(path: str, error: OSError) -> str:
 class Job:
     """One run, from its record to its end.
 
-    Order is what makes it safe to be killed at any point: the script's lock, the claim on the request id, the
-    record with the pid of a process that waits, and only then the script.
+    Order is what makes it safe to be killed at any point: the claim on the request id, the script's lock, the
+    record with the pid of a process that waits, and only then the script. The claim comes first because who
+    repeats a request must see the first one's, and not that the script is busy with it.
     """
 
     def __init__(self, rules: JobRules, request: JobRequest, stage: Stage) -> None:
@@ -5065,22 +5066,32 @@ class Job:
         self._rules = rules
         self._request = request
         self._script, account, path = _permit(rules, request)
-        self._lock = _take_slot(rules, self._script, request)
         self._spools: tuple = ()
         self._started: Optional[_Started] = None
+        claim = self._claim()
         try:
-            claim = claim_run(rules.store, request.owner, request.reqid)
-            if claim < 0:
-                raise FileExistsError(request.reqid)
-            if find_record(rules.store, request.owner, request.reqid) is not None:
-                os.close(claim)
-                raise FileExistsError(request.reqid)
+            self._lock = _take_slot(rules, self._script, request)
+        except BaseException:  # it does not run, so its id is free again
+            os.unlink(record_path(rules.store, request.owner, request.reqid, STREAMS["stdout"]))
+            os.close(claim)
+            raise
+        try:
             self._open_spools(claim)
             environment = _script_environment(request, account, rules.host)
             self._start(stage, _Plan(path, request.args, environment, account, self._script.profile))
         except BaseException:
             self._release()
             raise
+
+    def _claim(self) -> int:
+        store, request = self._rules.store, self._request
+        claim = claim_run(store, request.owner, request.reqid)
+        if claim < 0:
+            raise FileExistsError(request.reqid)
+        if find_record(store, request.owner, request.reqid) is not None:
+            os.close(claim)
+            raise FileExistsError(request.reqid)
+        return claim
 
     def _open_spools(self, claim: int) -> None:
         store, request = self._rules.store, self._request
@@ -5264,16 +5275,11 @@ def _follow_run(channel: socket.socket, store: RunStore, record: RunRecord, offs
     channel.close()
 
 
-def _serve_again(channel: socket.socket, rules: JobRules, request: JobRequest, stage: Stage) -> None:
+def _serve_again(
+    channel: socket.socket, rules: JobRules, request: JobRequest, stage: Stage, record: RunRecord
+) -> None:
     """The same request once more: what it is told is how the first one goes."""
     stage.close()
-    deadline = Deadline(5)
-    record = find_record(rules.store, request.owner, request.reqid)
-    while record is None:  # claimed, and not recorded yet: it begins just now
-        if deadline.is_over():
-            raise Busy("request %s is about to start" % request.reqid, "ask for its result")
-        time.sleep(0.01)
-        record = find_record(rules.store, request.owner, request.reqid)
     if request.mode == "async":
         _answer(
             channel, 202, [encode_json({"status": "accepted", "reqid": record.reqid, "host": record.host})]
@@ -5287,16 +5293,17 @@ def _serve_again(channel: socket.socket, rules: JobRules, request: JobRequest, s
 
 def _serve_run(channel: socket.socket, rules: JobRules, request: JobRequest, stage: Stage) -> None:
     """Run a script to its end, whether or not somebody stays to see it."""
-    if find_record(rules.store, request.owner, request.reqid) is not None:
-        return _serve_again(channel, rules, request, stage)
-    try:
-        job = Job(rules, request, stage)
-    except FileExistsError:
-        return _serve_again(channel, rules, request, stage)
-    except Busy:
-        if is_claimed(record_path(rules.store, request.owner, request.reqid, STREAMS["stdout"])):
-            return _serve_again(channel, rules, request, stage)
-        raise
+    job, deadline = None, Deadline(5)
+    while job is None:
+        record = find_record(rules.store, request.owner, request.reqid)
+        if record is not None:
+            return _serve_again(channel, rules, request, stage, record)
+        try:
+            job = Job(rules, request, stage)
+        except FileExistsError:  # the same request is about to start, or to be refused
+            if deadline.is_over():
+                raise Busy("request %s is about to start" % request.reqid, "ask for its result") from None
+            time.sleep(0.01)
     if request.mode == "async":
         accepted = {"status": "accepted", "reqid": request.reqid, "host": rules.host}
         _answer(channel, 202, [encode_json(accepted)])

@@ -1,6 +1,7 @@
 """Fixtures for all tests: real openssl, real processes below a temporary root, ports the kernel picks."""
 
 import os
+import signal
 import sys
 
 import pytest
@@ -10,6 +11,11 @@ sys.path.insert(0, os.path.dirname(HERE))  # ctrl_exec
 sys.path.insert(0, HERE)  # support
 
 import support  # noqa: E402
+
+# Who starts the tests in the background may have them ignore signals, and then all that they start would.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for number in (signal.SIGHUP, signal.SIGQUIT):
+    signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

@@ -135,9 +135,12 @@ class _Asked:
     def _ask(self, site, script, args, fields):
         self._answer = site.ask(script, *args, **fields)
 
+    def is_answered_within(self, seconds):
+        self._thread.join(seconds)
+        return self._answer is not None
+
     def wait(self):
-        self._thread.join(60)
-        assert self._answer is not None, "no answer"
+        assert self.is_answered_within(60), "no answer"
         return self._answer
 
 
@@ -556,6 +559,16 @@ def test_the_same_request_many_times_at_once_runs_once(site, tmp_path):
     assert mark.read_text() == "x\n"
 
 
+def test_the_same_request_waits_while_the_first_one_is_decided(site):
+    reqid = ctrl_exec.new_id()
+    store = ctrl_exec.RunStore(site.host.config.runs_dir, None, 3600)
+    claim = ctrl_exec.claim_run(store, "control", reqid)  # the first one, before it has a record
+    asked = site.start("hello", reqid=reqid)
+    assert not asked.is_answered_within(1)
+    os.close(claim)  # it was refused
+    assert asked.wait()[1]["stdout"] == "hello\n"
+
+
 def test_the_same_request_id_of_another_dispatcher_is_another_run(site, tmp_path):
     openssl = ctrl_exec.OpenSSL()
     key, cert = str(tmp_path / "other.key"), str(tmp_path / "other.crt")
@@ -618,6 +631,7 @@ def test_a_refused_run_leaves_no_record_and_its_id_is_free(site, tmp_path):
     gate, reqid = tmp_path / "gate", ctrl_exec.new_id()
     asked, _ = site.hold("gate", gate)
     assert site.ask("gate", str(gate), reqid=reqid)[0] == 409
+    assert [name for name in os.listdir(site.host.config.runs_dir + "/control") if reqid in name] == []
     gate.touch()
     asked.wait()
     assert site.run("gate", str(gate), reqid=reqid)["stdout"] == "through\n"

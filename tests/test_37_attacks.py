@@ -130,7 +130,8 @@ def test_an_agent_that_takes_certificates_and_never_uses_them_gets_one_an_hour(a
 
     liar = Liar(host, answer)
     for _ in range(4):
-        assert control.run("ping", "solo").returncode == 0
+        done = control.run("ping", "solo")
+        assert done.returncode == 0, done.out + done.err
     liar.close()
     assert liar.asked.count("/renew-complete") == 1
 
