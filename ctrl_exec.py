@@ -791,7 +791,8 @@ def _check_place(place: Place) -> list:
     findings: list = []
     service = find_user(place.user) if place.user else None
     paths = _list_place(place.path, findings)
-    findings += [finding for path in paths for finding in [_check_at(path, place, service)] if finding]
+    found = (_check_at(path, place, service) for path in paths)
+    findings += [finding for finding in found if finding is not None]
     if len(findings) > MAX_FAULTS:
         what = "%s: %d more like these" % (place.path, len(findings) - MAX_FAULTS)
         findings[MAX_FAULTS:] = [Finding(findings[-1].level, what, "mend those first")]

@@ -5,6 +5,8 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -628,3 +630,25 @@ def test_a_request_of_ours_is_one_that_we_would_take():
     assert (request.method, request.path, request.version) == ("POST", "/ping", "1.1")
     assert request.headers["host"] == "host" and not request.wants_close()
     assert ctrl_exec.parse_json(request.body) == {"reqid": "\u00e9"}
+
+
+def test_a_peer_that_takes_its_time_for_each_piece_gets_it_all():
+    ours, theirs = socket.socketpair()
+    got = []
+
+    def read_slowly():
+        while True:
+            data = theirs.recv(65536)
+            if not data:
+                return
+            got.append(data)
+            time.sleep(0.1)
+
+    reader = threading.Thread(target=read_slowly)
+    reader.start()
+    data = os.urandom(2 * 1024 * 1024)
+    ctrl_exec.Channel(ours).write(data, 1)  # second; all of it takes more
+    ours.close()
+    reader.join(60)
+    theirs.close()
+    assert b"".join(got) == data

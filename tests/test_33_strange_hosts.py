@@ -3,10 +3,12 @@
 import base64
 import json
 import ssl
+import threading
+import time
 
 import pytest
 import support
-from peers import Peer, routing
+from peers import Peer, read_request, routing
 
 import ctrl_exec
 
@@ -163,3 +165,90 @@ def test_an_older_agent_runs_a_script_in_the_only_way_it_knows(fleet, options):
     done = fleet.run("run", *options, "older", "hello")
     assert done.returncode == 0, done.err
     assert "old" in done.out
+
+
+class Solo:
+    """A control host whose one agent is a peer of the test's making."""
+
+    def __init__(self, top, behave, conf=""):
+        self.asked = []
+        self._behave = behave
+        self.deployment = support.Deployment(top, ("solo",), start=False)
+        self.control, host = self.deployment.control, self.deployment["solo"]
+        with open(self.control.config.path, "a", encoding="ascii") as file:
+            file.write(conf)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(host.config.cert, host.config.key)
+        self.peer = Peer(host.port, self._serve, context)
+
+    def _serve(self, raw, context):
+        with context.wrap_socket(raw, server_side=True) as tls:
+            while True:
+                request = read_request(tls)
+                if not request:
+                    return
+                self.asked.append(request)
+                self._behave(tls, request)
+
+    def count(self, prefix):
+        return len([request for request in self.asked if request.startswith(prefix)])
+
+
+def send_json(tls, body, status=200):
+    data = json.dumps(body).encode()
+    tls.sendall(b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n%s" % (status, len(data), data))
+
+
+def test_a_stream_that_falls_silent_is_taken_up_again_where_it_was(tmp_path):
+    stopped = threading.Event()
+
+    def behave(tls, request):
+        tls.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
+        if request.startswith("POST /run"):
+            tls.sendall(lines(output(offset=6, data="begun\n")))
+            stopped.wait(60)
+        else:
+            tls.sendall(lines(output(offset=14, data="through\n"), END))
+        raise ConnectionError
+
+    solo = Solo(tmp_path, behave, "read_timeout = 2\n")
+    done = solo.control.run("run", "solo", "hello", "--stream")
+    stopped.set()
+    solo.peer.close()
+    assert done.returncode == 0, done.out + done.err
+    assert done.out.startswith("begun\nthrough\n")
+    assert solo.asked[1].startswith("GET /follow/") and "stdout=6" in solo.asked[1]
+
+
+def test_a_host_that_does_not_keep_us_waiting_is_not_asked_without_a_pause(tmp_path):
+    def behave(tls, request):
+        if request.startswith("POST /run"):
+            send_json(tls, {"status": "accepted"}, 202)
+        else:
+            send_json(
+                tls, {"status": "running", "reqid": request.split("/")[2].split("?")[0], "script": "hello"}
+            )
+
+    solo = Solo(tmp_path, behave)
+    reqid = solo.control.json("run", "--async", "solo", "hello")[1]["reqid"]
+    assert solo.control.run("wait", reqid, "--timeout", "3").returncode == 2
+    solo.peer.close()
+    assert 2 <= solo.count("GET /result/" + reqid) <= 12
+
+
+def test_a_host_that_is_slow_with_every_answer_gets_one_deadline_for_all_of_a_visit(tmp_path):
+    def behave(tls, request):
+        if request.startswith("POST /ping"):
+            send_json(tls, {"status": "ok", "host": "solo", "version": "1", "expiry": "", "staged": False})
+        else:
+            time.sleep(0.8)
+            send_json(tls, {"status": "ok"})
+
+    solo = Solo(tmp_path, behave, "read_timeout = 1\n")
+    told = {"%x" % serial: {"since": "2026-01-01T00:00:00Z", "told": []} for serial in range(4096, 4116)}
+    path = ctrl_exec.rotation_path(solo.control.config)
+    ctrl_exec.edit_rotation(path, lambda known: known._replace(revoked=told))
+    done = solo.control.run("maintain")
+    solo.peer.close()
+    assert 1 <= solo.count("POST /rotate-serial") <= 3
+    assert "FAIL  solo: read timeout" in done.out, done.out

@@ -810,8 +810,11 @@ def test_the_api_runs_as_its_user_with_the_key_and_without_the_ca(machine):
     early = machine.run(machine.prefix + "/x/ctrl-exec-api")  # before the key is the group's
     assert early.returncode == ctrl_exec.EXIT_CONFIG
     assert "chgrp ctrl-exec /etc/ctrl-exec/dispatcher.key && chmod 640" in early.stderr
+    link = machine.path("/var/lib/ctrl-exec/agents/link.json")
+    os.symlink("/etc/ctrl-exec/ca.key", link)  # which must not become readable
     done = machine.run("sh", SCRIPT, "--api", "--prefix", machine.prefix)
     assert done.returncode == 0, done.stderr
+    os.unlink(link)
     assert machine.access("/etc/ctrl-exec/dispatcher.key") == (0o640, "root", "ctrl-exec")
     assert machine.access("/etc/ctrl-exec/ca.key") == (0o600, "root", "root")
     assert machine.installed("ced", "check").returncode == 0  # which takes the key of that mode
