@@ -3317,8 +3317,9 @@ class Server:
 
     # --- accepting ---------------------------------------------------------------------------------------
 
-    def serve(self, stop: int) -> None:
-        """Accept until descriptor `stop` becomes readable, or a listening socket has come to its end."""
+    def serve(self, stop: int, is_over: Callable = lambda: True) -> None:
+        """Accept until descriptor `stop` becomes readable and `is_over()` says so, or a listening socket has
+        come to its end."""
         threading.stack_size(512 * 1024)  # 256 threads with the default of 8 MiB frighten some limits
         poller = select.poll()
         by_descriptor = {listener.fileno(): listener for listener in self._listeners}
@@ -3327,7 +3328,9 @@ class Server:
         serving = True
         while serving:
             for descriptor, event in poller.poll():
-                if descriptor == stop or event & (select.POLLHUP | select.POLLERR):
+                if descriptor == stop:
+                    serving = serving and not is_over()
+                elif event & (select.POLLHUP | select.POLLERR):
                     serving = False
                 else:
                     self._accept_one(by_descriptor[descriptor])
@@ -10860,14 +10863,22 @@ def serve_api(config: Config, reread: Callable) -> int:
         except CtrlExecError as error:
             LOG.event("reload", RESULT="kept the old configuration", REASON=error.message)
 
-    stop, signalled = os.pipe()
+    # Python runs a handler between two steps of its own: a signal that comes just before the wait for a new
+    # connection would be seen with that one only. So the wait itself is ended, by the signal's number.
+    caught, signalled = os.pipe()
+    os.set_blocking(signalled, False)
+    signal.set_wakeup_fd(signalled)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: os.write(signalled, b"x"))
+        signal.signal(number, lambda *_: None)
     signal.signal(signal.SIGHUP, reload)
+
+    def is_told_to_stop() -> bool:
+        return not {signal.SIGTERM, signal.SIGINT}.isdisjoint(os.read(caught, 512))
+
     port = listeners[0].getsockname()[1]
     LOG.event("api-start", VERSION=__version__, PORT=port, TLS="yes" if context else "no", UID=os.geteuid())
     tell_systemd("READY=1")
-    server.serve(stop)
+    server.serve(caught, is_told_to_stop)
     tell_systemd("STOPPING=1")
     api.stop()
     drained = server.drain(config.connect_timeout + config.read_timeout)

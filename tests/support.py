@@ -1,13 +1,16 @@
 """What tests share: a control host, managed hosts, and raw peers, all of them real processes and real TLS."""
 
+import atexit
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import time
 
 import ctrl_exec
@@ -110,6 +113,7 @@ class Control(Program):
     """A control host."""
 
     link = "ced"
+    _made = {}  # configuration to directories with what was set up under it
 
     def __init__(self, root, conf="", set_up=True):
         super().__init__(root)
@@ -117,9 +121,23 @@ class Control(Program):
         self.config = ctrl_exec.load_config("dispatcher", "", self.root)
         self.identity = ctrl_exec.dispatcher_identity(self.config)
         if set_up:
-            for verb in ("setup-ca", "setup-ctrl-exec"):
-                done = self.run(verb)
-                assert done.returncode == 0, done.err
+            self._set_up(conf)
+
+    def _set_up(self, conf):
+        """Give it a CA and a certificate, as the program makes them. They are made a few times only, and then
+        handed out in turn: ten processes for each of two hundred control hosts would take a minute."""
+        made = Control._made.setdefault(conf, [])
+        if len(made) == 3:
+            subprocess.run(["cp", "-a", made[0] + "/.", self.root], check=True)
+            made.append(made.pop(0))
+            return
+        for verb in ("setup-ca", "setup-ctrl-exec"):
+            done = self.run(verb)
+            assert done.returncode == 0, done.err
+        made.append(tempfile.mkdtemp())
+        atexit.register(shutil.rmtree, made[-1])
+        for name in ("etc", "var"):
+            subprocess.run(["cp", "-a", os.path.join(self.root, name), made[-1]], check=True)
 
     def json(self, *words, **how):
         """Run with --json before any `--`; returns (exit status, object)."""
