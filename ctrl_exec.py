@@ -2032,10 +2032,15 @@ class OpenSSL:
         return self._run("req", "-noout", "-pubkey", stdin=pem.encode("ascii"))
 
     def find_key(self, pem: bytes, paths: list) -> str:
-        """Which of these private keys the certificate was issued for. Raises TrustError when it is none."""
+        """Which of these private keys the certificate was issued for. Raises TrustError when it is none, and
+        StorageError for a key that cannot be read."""
         public = self.public_key(pem)
         for path in paths:
-            if self._run("pkey", "-in", path, "-pubout") == public:
+            try:
+                key = read_file(path)
+            except FileNotFoundError:
+                raise TrustError("%s: no such file" % path) from None
+            if self._run("pkey", "-pubout", stdin=key) == public:
                 return path
         raise TrustError("the certificate does not belong to the key %s" % paths[0])
 
@@ -6515,7 +6520,8 @@ def _agent_places(config: Config) -> list:
     state = config.default_path(AGENT_VAR)
     hook = find_agent_hook(config)
     names = ("agent.lock", "clocks.json", "clocks.json.lock", "self-ping", "locks", "pairing")
-    locks = (config.trusted_dispatchers_path + ".lock", config.ca + ".lock")
+    changed = (config.trusted_dispatchers_path, config.revoked_serials, config.ca)
+    locks = [path + ".lock" for path in changed]
     return [
         *(Place(path, is_private=True) for path in (config.path, scripts_conf_path(config), config.runs_dir)),
         *(Place(path) for path in (*find_siblings(config.key), config.cert, config.ca)),
@@ -9861,7 +9867,8 @@ def _control_places(config: Config) -> list:
     kin = [path for one in (config.ca, config.cert) for path in find_siblings(one)]
     keys = [path for one in (ca_key_path(config.ca), config.key) for path in find_siblings(one)]
     private = (config.path, config.registry_dir, rotation_path(config), token_directory(config))
-    locks = (config.default_path(VAR + "/upkeep.lock"), rotation_path(config) + ".lock")
+    changed = (rotation_path(config), config.revoked_serials)
+    locks = (config.default_path(VAR + "/upkeep.lock"), *(path + ".lock" for path in changed))
     return [
         *(Place(path) for path in (*kin, *keys, *locks, config.revoked_serials)),
         *(Place(path, is_private=True) for path in private),
@@ -10789,20 +10796,23 @@ def load_api_context(config: Config) -> Any:
     return new_server_context(identity, verify_clients=False, group=DISPATCHER_USER)
 
 
-def list_api_warnings(config: Config) -> list:
-    """What is allowed, and hardly wanted."""
+def check_exposure(config: Config) -> list:
+    """What is allowed, and hardly wanted: Findings."""
     import ipaddress
 
-    warnings = list(config.warnings)
+    findings = []
     open_to_all = [one for one in config.api_bind or ("::",) if not ipaddress.ip_address(one).is_loopback]
     if open_to_all and not config.api_cert:
         where = ", ".join(open_to_all)
-        warnings.append("the API listens on %s without TLS: tokens can be read on the way" % where)
+        what = "the API listens on %s without TLS: tokens can be read on the way" % where
+        findings.append(Finding("WARN", what, "set api_cert and api_key, or api_bind = 127.0.0.1"))
     if config.api_auth_default == "allow":
-        warnings.append("api_auth_default = allow: without a hook, whoever reaches the port may run scripts")
-    if os.geteuid() == 0:
-        warnings.append("with --root, the API stays root; an installation runs it as %s" % DISPATCHER_USER)
-    return warnings
+        what = "api_auth_default = allow: without a hook, whoever reaches the port may run scripts"
+        findings.append(Finding("WARN", what, "write a hook, and set it to deny"))
+    if config.root and os.geteuid() == 0:
+        what = "with --root, the API stays root; an installation runs it as %s" % DISPATCHER_USER
+        findings.append(Finding("WARN", what, "install.sh --api"))
+    return findings
 
 
 def _become_api_user(config: Config) -> None:
@@ -10847,7 +10857,7 @@ def serve_api(config: Config, reread: Callable) -> int:
         api.dispatcher()
     except (TrustError, StorageError) as error:  # as final as a broken configuration
         raise ConfigError(error.message, error.hint) from error
-    for warning in list_api_warnings(config):
+    for warning in [*config.warnings, *(finding.what for finding in check_exposure(config))]:
         LOG.event("config-warn", MESSAGE=warning)
     policy = ServerPolicy(lambda address: True, _note_connection, api.refuse)
     server = Server(listeners, context, api.handle, policy, config.api_max_connections)
@@ -10890,11 +10900,14 @@ def check_api(config: Config) -> list:
     """Everything the API depends on, one Finding each."""
     findings = check_dispatcher(config)
     if config.api_cert or config.api_key:
-        try_check(findings, "TLS of the API %s" % config.api_cert, lambda: load_api_context(config))
+        what, hint = "TLS of the API %s" % config.api_cert, "mend it, or take out api_cert and api_key"
+        if try_check(findings, what, lambda: load_api_context(config), hint) is not None:
+            info = OpenSSL().read_certificate(config.api_cert)
+            findings.append(check_expiry(config.api_cert, info, "have it issued anew, then SIGHUP"))
+        findings += check_places((Place(config.api_cert), Place(config.api_key)))
     if find_dispatcher_hook(config) is None and config.api_auth_default == "deny":
         findings.append(Finding("WARN", "no auth hook: the API denies everything", "write one, see README"))
-    shown = [warning for warning in list_api_warnings(config) if warning not in config.warnings]
-    return findings + [Finding("WARN", warning) for warning in shown]
+    return findings + check_exposure(config)
 
 
 # ======================================================================================================

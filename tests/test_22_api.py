@@ -736,7 +736,7 @@ def test_a_taken_port_and_a_host_without_identity(api, deployment, tmp_path):
 def test_a_dangerous_configuration_is_warned_of(deployment):
     conf = ALLOW + "api_bind = 127.0.0.1, 0.0.0.0\n"
     config = ApiServer(deployment.control, "open", conf).config
-    said = " / ".join(ctrl_exec.list_api_warnings(config))
+    said = " / ".join(finding.what for finding in ctrl_exec.check_exposure(config))
     assert "0.0.0.0 without TLS" in said and "127.0.0.1" not in said and "api_auth_default = allow" in said
 
 

@@ -152,6 +152,7 @@ CONTROL_FILES = {
     "tokens": lambda site: os.path.dirname(token(site)),
     "token": token,
     "hook": lambda site: made(site.control.file(ctrl_exec.ETC + "/auth-hook")),
+    "lock of revocations": lambda site: made(site.control.config.revoked_serials + ".lock"),
     "lock of certificates": lambda site: made(site.control.file(ctrl_exec.VAR + "/upkeep.lock")),
 }
 
@@ -195,6 +196,7 @@ AGENT_FILES = {
     "who serves": lambda host: host.file(ctrl_exec.AGENT_VAR + "/agent.lock"),
     "clocks": lambda host: made(host.file(ctrl_exec.AGENT_VAR + "/clocks.json")),
     "pairing": lambda host: made(host.file(ctrl_exec.AGENT_VAR + "/pairing/abc.json")),
+    "lock of revocations": lambda host: made(host.config.revoked_serials + ".lock"),
     "hook": lambda host: made(host.file(ctrl_exec.AGENT_ETC + "/auth-hook")),
 }
 
@@ -322,6 +324,26 @@ def test_who_may_not_look_is_told_so(site, tmp_path):
     found = as_nobody(lambda: lines(ctrl_exec.check_places([place])))
     os.chmod(shut + "/inner", 0o700)
     assert "WARN cannot look into %s/inner: Permission denied" % shut in found
+
+
+def test_who_may_not_read_a_key_is_not_told_to_throw_it_away(site):
+    former(site)
+    config = site.control.config
+    for path in [
+        path
+        for one in (ctrl_exec.ca_key_path(config.ca), config.key)
+        for path in ctrl_exec.find_siblings(one)
+    ]:
+        os.chmod(path, 0o000)
+    for path in (site.top, site.control.root):
+        os.chmod(path, 0o755)
+    found = as_nobody(lambda: ctrl_exec.check_dispatcher(config))
+    told = [
+        (level, hint) for level, what, hint in found if "cannot read" in what and ".key: Permission" in what
+    ]
+    assert (
+        told == [("FAIL", "run this as root, or as a user who may read it")] * 3
+    )  # the CA's, ours, the former one
 
 
 # --- certificates ---------------------------------------------------------------------------------------
@@ -458,6 +480,29 @@ def test_the_command_shows_what_to_do_and_fails_for_what_is_wrong_only(site):
     os.chmod(site.control.config.runs_dir, 0o777)
     status, answer = site.control.json("check")
     assert status == 1 and answer["ok"] is False
+
+
+def test_the_api_s_own_certificate_and_what_it_is_open_to_are_looked_at(site):
+    config = site.control.config
+    cert, key = (site.control.file(ctrl_exec.ETC + "/api." + kind) for kind in ("crt", "key"))
+    put(key, OPENSSL.new_key("ec"))
+    with open(config.path, "a", encoding="ascii") as file:
+        file.write(
+            "api_cert = %s\napi_key = %s\napi_bind = 0.0.0.0\napi_auth_default = allow\n" % (cert, key)
+        )
+    changed = ctrl_exec.load_config("dispatcher", "", site.control.root)
+
+    def found():
+        return [line for line in lines(ctrl_exec.check_api(changed)) if "api" in line.lower()]
+
+    assert [line for line in found() if line.startswith("FAIL TLS of the API %s: " % cert)]
+    pem = sign(site, OPENSSL.new_request(key, "control"), "control", "dispatcher", start=-350)
+    put(cert, pem.encode(), 0o644)
+    assert {"OK TLS of the API %s" % cert, "WARN %s expires in 14 days" % cert} <= set(found())
+    assert any(line.startswith("WARN api_auth_default = allow") for line in found())
+    assert not any("without TLS" in line for line in found())
+    os.chmod(key, 0o606)
+    assert "FAIL %s is writable by everybody (mode 0606)" % key in found()
 
 
 # --- clocks ---------------------------------------------------------------------------------------------

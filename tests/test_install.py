@@ -783,6 +783,12 @@ def test_what_is_really_installed_pairs_and_answers_with_its_front_as_the_servic
     users = [re.search(r"(?m)^Uid:\s+(\d+)\s+(\d+)\s+(\d+)\s", status).groups() for status in statuses]
     # The front, and the supervisor that waits for the next run.
     assert sorted(users) == sorted([(str(wanted),) * 3, ("0",) * 3])
+    amiss = lambda *words: [  # noqa: E731
+        line for line in machine.installed(*words).stdout.splitlines() if not line.startswith("OK ")
+    ]
+    assert amiss("ced", "check") == []
+    (line,) = amiss("cea", "self-check")  # it was approved under a name of its own
+    assert "agent.crt is for solo, and not for" in line
 
 
 def _api_post(port, path, body):
@@ -817,7 +823,8 @@ def test_the_api_runs_as_its_user_with_the_key_and_without_the_ca(machine):
     os.unlink(link)
     assert machine.access("/etc/ctrl-exec/dispatcher.key") == (0o640, "root", "ctrl-exec")
     assert machine.access("/etc/ctrl-exec/ca.key") == (0o600, "root", "root")
-    assert machine.installed("ced", "check").returncode == 0  # which takes the key of that mode
+    done = machine.installed("ced", "check")  # which takes the key of that mode
+    assert done.returncode == 0 and {line[:2] for line in done.stdout.splitlines()} == {"OK"}, done.stdout
     api = machine.spawn("ctrl-exec-api")
     support.wait_for_port(port)
     wanted = str(machine.ids("/etc/passwd")["ctrl-exec"])
