@@ -96,6 +96,7 @@ MAX_STATE_FILE = 1024 * 1024  # any one of our own JSON files
 MAX_SIDECAR = 64 * 1024
 MAX_SUPERVISORS = 512  # runs at once on one agent; a front that runs wild costs this many processes, no more
 MAX_TAGS = 64  # of one host
+MAX_PLACE = 200_000  # files of one directory that a check looks at; a day's runs of a busy agent are 100,000
 MAX_FAULTS = 10  # of one directory that a check names: a screen of them says what is wrong
 MAX_OWN_SERIALS = 256  # that one dispatcher can have in an agent's lists; a rotation a month needs 12 a year
 MAX_NAME = 253  # a host name (RFC 1035 section 2.3.4 less the root)
@@ -114,6 +115,7 @@ KILL_GRACE_SECONDS = 5  # between TERM and KILL for a script past its time limit
 OUTPUT_GRACE_SECONDS = 0.5  # after a script's exit: what its background children may still write
 BEAT_SECONDS = 15  # between two signs of life on a silent stream: both ends notice a peer that has gone
 FOLLOW_SECONDS = 0.1  # how often a follower looks for new output of a run that another process writes
+CLOCK_SECONDS = 60  # between two notes of the same dispatcher's clock: each costs a process
 MAX_RESULT_WAIT = 300  # one long poll; a caller that wants to wait longer asks again
 OPENSSL_SECONDS = 60  # RSA keys on a small board take 20
 MAX_PAIRING_WAIT = 600
@@ -695,23 +697,34 @@ def encode_state(value: dict) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode("ascii")
 
 
+def _command(words: str, path: str) -> str:
+    """What a person can type, whatever the file's name is: somebody else may have chosen it."""
+    import shlex
+
+    return "%s %s" % (words, shlex.quote(path))
+
+
 def _check_part(part: str, service: Optional[Owner] = None) -> int:
     """Check one component of a path; returns its mode. What is a service's, its user and group may change."""
     status = os.lstat(part)
     mode = stat.S_IMODE(status.st_mode)
     uids, gids = {0, os.geteuid()}, {0}
-    if service is not None:
-        uids, gids = uids | {service.uid}, gids | {service.gid}
+    if service is not None:  # what an ordinary user has made below a --root has the group of that user
+        uids, gids = uids | {service.uid}, gids | {service.gid, os.getegid()}
     if status.st_uid not in uids:
         message = "%s belongs to user %d, not to root or the agent's user" % (part, status.st_uid)
-        raise ScriptRefused(message, "chown root " + part)
+        raise ScriptRefused(message, _command("chown root", part))
     sticky = stat.S_ISDIR(status.st_mode) and mode & stat.S_ISVTX
     if stat.S_ISLNK(status.st_mode):
         mode = 0  # a symlink's own mode means nothing
     if mode & 0o002 and not sticky:
-        raise ScriptRefused("%s is writable by everybody (mode %04o)" % (part, mode), "chmod o-w " + part)
+        raise ScriptRefused(
+            "%s is writable by everybody (mode %04o)" % (part, mode), _command("chmod o-w", part)
+        )
     if mode & 0o020 and status.st_gid not in gids and not sticky:
-        raise ScriptRefused("%s is writable by its group (mode %04o)" % (part, mode), "chmod g-w " + part)
+        raise ScriptRefused(
+            "%s is writable by its group (mode %04o)" % (part, mode), _command("chmod g-w", part)
+        )
     return status.st_mode
 
 
@@ -743,21 +756,34 @@ class Place(NamedTuple):
 
     path: str
     is_private: bool = False  # not everybody may read it
-    user: str = ""  # a service user who may own what is there, and whose group may write to it
+    user: str = ""  # a service user who may own what is there, and whose group may write to it; not there: we
 
 
 def _list_place(path: str, findings: list) -> list:
-    """A path and, if it is a directory, all that is in it; what cannot be looked into becomes a Finding."""
-    paths = [path]
+    """A path and, if it is a directory, all that is in it; what cannot be looked into becomes a Finding.
 
-    def note(error: OSError) -> None:
-        if error.errno != errno.ENOENT:
-            what = "cannot look into %s: %s" % (error.filename, error.strerror)
+    Not with os.walk, which calls itself before Python 3.12: who may write there could nest too deep for it.
+    """
+    paths, waiting = [path], [path] if os.path.isdir(path) else []
+    while waiting and len(paths) < MAX_PLACE:
+        directory = waiting.pop()
+        try:
+            with os.scandir(directory) as entries:
+                for entry in entries:
+                    paths.append(entry.path)
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(entry.path)
+                    if len(paths) >= MAX_PLACE:
+                        break
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            what = "cannot look into %s: %s" % (directory[:200], error.strerror)
             findings.append(Finding("WARN", what, "run this as root"))
-
-    for directory, names, files in os.walk(path, onerror=note) if os.path.isdir(path) else ():
-        paths += [os.path.join(directory, name) for name in sorted(names + files)]
-    return paths
+    if len(paths) >= MAX_PLACE:
+        what = "%s: so much is in it that not all was looked at" % path
+        findings.append(Finding("WARN", what, "see what it is, and who has put it there"))
+    return sorted(paths)
 
 
 def _is_for_all(path: str) -> bool:
@@ -772,12 +798,12 @@ def _is_for_all(path: str) -> bool:
 def _check_at(path: str, place: Place, service: Optional[Owner]) -> Optional[Finding]:
     """What is wrong with one file of a place."""
     try:
-        if path != place.path:
+        if path != place.path and not os.path.islink(path):
             _check_part(path, service)
             return None
         check_modes(path, service)
-        if place.is_private and _is_for_all(path):
-            return Finding("WARN", "%s is for everybody to read" % path, "chmod o-rwx " + path)
+        if path == place.path and place.is_private and _is_for_all(path):
+            return Finding("WARN", "%s is for everybody to read" % path, _command("chmod o-rwx", path))
     except ScriptRefused as error:
         return Finding("FAIL", error.message, error.hint)
     except FileNotFoundError:  # a lock that was held, a file that was being written
@@ -789,7 +815,7 @@ def _check_at(path: str, place: Place, service: Optional[Owner]) -> Optional[Fin
 
 def _check_place(place: Place) -> list:
     findings: list = []
-    service = find_user(place.user) if place.user else None
+    service = find_user(place.user) or Owner(os.geteuid(), os.getegid()) if place.user else None
     paths = _list_place(place.path, findings)
     found = (_check_at(path, place, service) for path in paths)
     findings += [finding for finding in found if finding is not None]
@@ -2256,8 +2282,8 @@ def find_siblings(path: str) -> list:
         files = sorted(os.listdir(directory))
     except OSError:  # not ours to look into
         return [path]
-    kin = [file for file in files if file.startswith(stem + ".") and file.endswith(suffix)]
-    return [os.path.join(directory, file) for file in kin]
+    kin = [file for file in files if file.startswith(stem + ".") and file.endswith(suffix) and file != name]
+    return [path, *(os.path.join(directory, file) for file in kin)]
 
 
 def next_path(path: str) -> str:
@@ -3655,7 +3681,8 @@ class Connection:
         if cert is None or not is_named(cert, name):
             shown = ", ".join(cert.names or (cert.common_name,)) if cert is not None else "none"
             message = "wrong identity: %s shows the certificate of %s, not of %s"
-            raise TransportError(message % (self._name, one_line(shown), name), hint="see: ced list-agents")
+            hint = "is it another machine? else pair it again under that name: ced approve ID --replace"
+            raise TransportError(message % (self._name, one_line(shown), name), hint=hint)
         if cert.serial in revoked:
             raise TransportError("the certificate of %s (serial %s) is revoked" % (name, cert.serial))
 
@@ -3850,7 +3877,7 @@ def check_hook(hook: Hook) -> None:
     try:
         _check_hook(hook.path)
         if not os.access(hook.path, os.X_OK):
-            raise ValueError("not executable")
+            raise ValueError("not executable: chmod +x %s" % hook.path)
     except (OSError, ValueError) as error:
         raise Denied("cannot be run: %s" % (getattr(error, "strerror", None) or error)) from error
 
@@ -4958,7 +4985,13 @@ def _settle_holder(rules: JobRules, lock: FileLock) -> None:
     """See to the run that held a script's lock last, if it died without giving it back."""
     owner, _, reqid = lock.read().partition(" ")
     if HOST_NAME.fullmatch(owner) and REQUEST_ID.fullmatch(reqid):
-        record = find_record(rules.store, owner, reqid)
+        try:
+            record = find_record(rules.store, owner, reqid)
+        except (
+            StorageError
+        ) as error:  # spoiled, as after a power failure: that must not stop the script for good
+            LOG.event("run-store-fail", REQID=reqid, MESSAGE=error.message)
+            record = None
         if record is not None:
             settle_run(rules.store, record)
     lock.write("")
@@ -5813,7 +5846,7 @@ def load_clocks(path: str) -> dict:
         notes = {name: ClockNote(int(note["ahead"]), str(note["seen"])) for name, note in values.items()}
     except FileNotFoundError:
         return {}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
         raise StorageError("%s: not a list of clocks" % path) from error
     return notes
 
@@ -5959,7 +5992,8 @@ class Custodian:
 
     def note_clock(self, request: JobRequest) -> dict:
         """Keep what a dispatcher's clock has said, for `self-check`; args: the seconds that it is ahead."""
-        (ahead,) = request.args
+        if len(request.args) != 1 or not re.fullmatch("-?[0-9]{1,12}", request.args[0]):
+            raise BadRequest("the clock's distance is malformed")
         path = self._custody.clocks
         with FileLock(path + ".lock"):
             try:
@@ -5968,7 +6002,7 @@ class Custodian:
                 known = {}
             trusted = load_trust_map(self._custody.trust_map, self._custody.older_serial).values()
             notes = {name: note._asdict() for name, note in known.items() if name in trusted}
-            notes[request.owner] = ClockNote(int(ahead), iso_time(now()))._asdict()
+            notes[request.owner] = ClockNote(int(request.args[0]), iso_time(now()))._asdict()
             write_atomic(path, encode_state(notes), mode=0o640)
         return {"status": "ok", "reqid": request.reqid}
 
@@ -6185,7 +6219,7 @@ class Front:
         config = bundle.config
         self._bundle = bundle
         self._control = control  # to the executor
-        self._clocks: dict = {}  # dispatcher id to what was noted last of its clock, and in which hour
+        self._clocks: dict = {}  # dispatcher id to when its clock was noted last, and whether it disagreed
         self._gate = AddressGate(
             config.allowed_ips, config.rate_limit_volume, config.rate_limit_probe, config.rate_limit_disable
         )
@@ -6261,19 +6295,21 @@ class Front:
         return Response(200, body)
 
     def _note_clock(self, caller: Caller, peer: Peer, skew: float) -> None:
-        """Have it kept what a dispatcher's clock says, once an hour, and whenever it comes to disagree with
+        """Have it kept what a dispatcher's clock says: once a minute, and whenever it comes to disagree with
         ours or to agree again."""
-        note = (time.monotonic() // 3600, abs(skew) > MAX_SKEW)
-        if self._clocks.get(caller.dispatcher) == note:
+        is_far = abs(skew) > MAX_SKEW
+        noted, was_far = self._clocks.get(caller.dispatcher, (-CLOCK_SECONDS, False))
+        if was_far == is_far and time.monotonic() - noted < CLOCK_SECONDS:
             return
-        self._clocks[caller.dispatcher] = note
         job = JobRequest("note-clock", new_id(), caller.dispatcher, caller.address, args=(str(int(skew)),))
         try:
             event, rest = self._pass_on(job, peer)
         except Unavailable:  # a ping needs no more than the answer
             return
         b"".join(rest)
-        if event["event"] != "answer":
+        if event["event"] == "answer":
+            self._clocks[caller.dispatcher] = (time.monotonic(), is_far)
+        else:
             LOG.event("run-store-fail", REQID=job.reqid, MESSAGE=event["error"])
 
     def _capabilities(self, caller: Caller, peer: Peer, _: Request, __: str) -> Response:
@@ -6524,7 +6560,7 @@ def _agent_places(config: Config) -> list:
     locks = [path + ".lock" for path in changed]
     return [
         *(Place(path, is_private=True) for path in (config.path, scripts_conf_path(config), config.runs_dir)),
-        *(Place(path) for path in (*find_siblings(config.key), config.cert, config.ca)),
+        *(Place(path) for one in (config.key, config.cert, config.ca) for path in find_siblings(one)),
         *(Place(path) for path in (config.trusted_dispatchers_path, config.dispatcher_serial_path)),
         *(Place(path) for path in (config.revoked_serials, *locks)),
         *(Place(os.path.join(state, name), is_private=True) for name in names),
@@ -6533,6 +6569,10 @@ def _agent_places(config: Config) -> list:
 
 
 _PAIR_AGAIN = "cea request-pairing --dispatcher HOST"
+_PAIR_ANEW = (
+    "put back what belongs together; or pair again, under the name it has there: %s --name NAME" % _PAIR_AGAIN
+)
+_PAIR_ANEW += ", and there: ced approve ID --replace"
 
 
 def _check_own_name(path: str, info: CertInfo) -> Finding:
@@ -6549,7 +6589,7 @@ def _check_agent_identity(config: Config) -> list:
     openssl, identity = OpenSSL(), agent_identity(config)
     info = try_check(
         findings, "identity %s" % identity.cert,
-        lambda: check_identity(openssl, identity, "sslserver", AGENT_USER), _PAIR_AGAIN,
+        lambda: check_identity(openssl, identity, "sslserver", AGENT_USER), _PAIR_ANEW,
     )  # fmt: skip
     if info is not None:
         findings.append(check_expiry(identity.cert, info, "on the dispatcher: ced ping this host"))
@@ -6610,7 +6650,10 @@ def _check_allowlist(config: Config) -> list:
     hook = find_agent_hook(config)
     if hook is not None:
         try_check(
-            findings, "auth hook %s" % hook.path, lambda: check_hook(hook), "until then it denies everything"
+            findings,
+            "auth hook %s" % hook.path,
+            lambda: check_hook(hook),
+            "while it is so, everything is denied",
         )
     return findings
 
@@ -7861,7 +7904,8 @@ class PairingDesk:
                 NAME=request.hostname,
                 REASON=error.message,
             )
-            self._answer(request.reqid, {"status": "denied", "reason": error.message})
+            reason = "%s (%s)" % (error.message, error.hint) if error.hint else error.message
+            self._answer(request.reqid, {"status": "denied", "reason": reason})
             self._remove(request.reqid)
 
     def _look_for_decision(self, reqid: str) -> None:
@@ -9214,16 +9258,19 @@ def _read_entries(values: dict, key: str, names: str, path: str) -> dict:
             for serial, entry in entries.items()
         }
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise StorageError("%s: `%s` cannot be used" % (path, key), "mend or remove it") from error
+        raise StorageError("%s: `%s` cannot be used" % (path, key)) from error
 
 
 def load_rotation(path: str) -> Rotation:
     """What rotation.json says. Raises StorageError."""
     try:
         values = read_json_file(path)
+        tables = [_read_entries(values, table, names, path) for table, names in _NAMES.items()]
     except FileNotFoundError:
         return Rotation({}, {})
-    tables = [_read_entries(values, table, names, path) for table, names in _NAMES.items()]
+    except StorageError as error:
+        hint = "mend it, or remove it: hosts are asked again, and former certificates stay longer"
+        raise StorageError(error.message, error.hint or hint) from error
     extra = {key: value for key, value in values.items() if key not in Rotation._fields}
     return Rotation(*tables, str(values.get("checked", "")), extra)
 
@@ -9831,9 +9878,8 @@ def check_hosts(dispatcher: Dispatcher, agents: list) -> list:
     for result in dispatcher.ping(agents, new_id()) if agents else ():
         skew = measure_skew(str(result.answer.get("time")))  # nothing from a release that does not say
         if result.state != "ok":
-            findings.append(
-                Finding("WARN", "%s: %s" % (result.host, result.error or result.state), result.hint)
-            )
+            hint = result.hint or "on %s: cea self-check" % result.host
+            findings.append(Finding("WARN", "%s: %s" % (result.host, result.error or result.state), hint))
         elif skew is None:
             what = "%s answers (an older agent: it does not tell the time)" % result.host
             findings.append(Finding("WARN", what, "install this release there, and pair it again"))
@@ -9885,8 +9931,14 @@ _REPLACE_CA = "ced setup-ca --next, ced maintain, ced retire-ca"
 
 def _check_own_ca(config: Config, openssl: OpenSSL) -> list:
     """The CA and, if it is here, its key; the same of its successor."""
-    findings = check_cas(openssl, config.ca, _REPLACE_CA)
     key = ca_key_path(config.ca)
+    if not os.path.exists(config.ca) and not os.path.exists(key):
+        return [
+            Finding(
+                "FAIL", "there is no CA: %s" % config.ca, "put it back; on a new control host: ced setup-ca"
+            )
+        ]
+    findings = check_cas(openssl, config.ca, _REPLACE_CA)
     if not os.path.exists(key):
         findings.append(
             Finding("WARN", "no CA key here: this host can run scripts, but pair nobody", "pair where it is")
@@ -9904,14 +9956,16 @@ def _check_own_identity(config: Config, openssl: OpenSSL) -> list:
     """The dispatcher's certificates: the present one, the next, and those that it replaced."""
     findings: list = []
     identity = dispatcher_identity(config)
-    hint = "once: ced setup-ctrl-exec; when it has expired, move it away first, and pair every host again"
+    hint = "put back the CA, certificate and key that belong together; see README, When a key is lost"
+    if not os.path.exists(identity.cert):
+        hint = "put it back; on a new control host: ced setup-ctrl-exec"
     info = try_check(
         findings, "identity %s" % identity.cert,
         lambda: check_identity(openssl, identity, "sslclient", DISPATCHER_USER), hint,
     )  # fmt: skip
     if info is not None:
         findings.append(check_expiry(identity.cert, info, "ced rotate-cert"))
-        hint = "hosts know it by the id that they paired with: set dispatcher_id back, or pair them again"
+        hint = "hosts know it by the id that they were paired with: set dispatcher_id back"
         findings.append(check_name(identity.cert, info, config.dispatcher_id, hint))
     following = Identity(next_path(identity.cert), next_path(identity.key), identity.ca)
     for other in (following, *find_former(identity)):
@@ -9934,11 +9988,14 @@ def check_dispatcher(config: Config) -> list:
         findings, "revocation list", lambda: load_revoked(config.revoked_serials), "mend that line"
     )
     path = rotation_path(config)
-    try_check(findings, "rotation %s" % path, lambda: load_rotation(path), "mend or remove it")
+    try_check(findings, "rotation %s" % path, lambda: load_rotation(path))
     hook = find_dispatcher_hook(config)
     if hook is not None:
         try_check(
-            findings, "auth hook %s" % hook.path, lambda: check_hook(hook), "until then it denies everything"
+            findings,
+            "auth hook %s" % hook.path,
+            lambda: check_hook(hook),
+            "while it is so, everything is denied",
         )
     registry = try_check(
         findings, "registry %s" % config.registry_dir, lambda: load_agents(config.registry_dir)
@@ -10780,6 +10837,8 @@ class Api:
 
 def _check_readable(key: str) -> None:
     """Raise ConfigError, with what to do, for a key that is not there for the user we are now."""
+    if os.path.isdir(os.path.dirname(key)) and not os.path.exists(key):
+        raise ConfigError("%s: no such file" % key, "put it back, or mend the configuration")
     if not os.access(key, os.R_OK) and os.path.isdir(os.path.dirname(key)):
         hint = "as root: chgrp %s %s && chmod 640 %s" % (DISPATCHER_USER, key, key)
         raise ConfigError("%s cannot be read by user %d, who serves the API" % (key, os.geteuid()), hint)
@@ -10991,7 +11050,7 @@ def _report_findings(findings: list, as_json: bool) -> int:
         return int(failed)
     colours = {"OK": "green", "WARN": "yellow", "FAIL": "red"}
     for finding in findings:
-        hint = "  (%s)" % finding.hint if finding.hint and finding.level != "OK" else ""
+        hint = "  (%s)" % one_line(finding.hint) if finding.hint and finding.level != "OK" else ""
         say(
             "%s  %s%s"
             % (_paint(finding.level.ljust(4), colours[finding.level]), one_line(finding.what), hint)

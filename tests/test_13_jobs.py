@@ -637,6 +637,19 @@ def test_a_refused_run_leaves_no_record_and_its_id_is_free(site, tmp_path):
     assert site.run("gate", str(gate), reqid=reqid)["stdout"] == "through\n"
 
 
+def test_a_spoiled_record_of_the_last_run_does_not_stop_the_script(site):
+    reqid = ctrl_exec.new_id()
+    site.run("hello", reqid=reqid)
+    path = site.host.config.runs_dir + "/control/%s.json" % reqid
+    with open(path, "w", encoding="ascii"):  # as after a power failure
+        pass
+    with open(site.host.file(ctrl_exec.AGENT_VAR + "/locks/hello.0"), "w", encoding="ascii") as file:
+        file.write("control " + reqid)
+    assert site.run("hello")["stdout"] == "hello\n"
+    assert [line for line in site.host.events("run-store-fail") if path in line]
+    os.unlink(path)
+
+
 def test_max_running_allows_so_many_at_once(site, tmp_path):
     gate = tmp_path / "gate"
     both = [site.hold("gate2", gate)[0] for _ in range(2)]

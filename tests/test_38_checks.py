@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import tempfile
 import time
 
 import pytest
@@ -18,10 +20,17 @@ needs_root = pytest.mark.skipif(not IS_ROOT, reason="giving a file away needs ro
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    os.chmod(str(tmp_path_factory.getbasetemp().parent), 0o755)  # as /etc is, everybody may look into it
-    os.chmod(str(tmp_path_factory.getbasetemp()), 0o755)
-    with support.Deployment(tmp_path_factory.mktemp("checks"), ("solo",)) as made:
+def open_top():
+    """A directory that everybody may look into, as /etc is; what pytest gives is for one user alone."""
+    top = tempfile.mkdtemp()
+    os.chmod(top, 0o755)
+    yield top
+    shutil.rmtree(top)
+
+
+@pytest.fixture(scope="module")
+def home(open_top):
+    with support.Deployment(os.path.join(open_top, "checks"), ("solo",)) as made:
         assert made.control.run("run", "solo", "hello").returncode == 0  # so that there are records
         yield made
 
@@ -280,18 +289,70 @@ def test_a_directory_full_of_faults_is_a_screen_and_a_count(site):
 
 
 def test_what_comes_and_goes_meanwhile_is_no_finding(site, monkeypatch):
-    directory = site.control.config.lock_dir
-    real = os.walk
+    real = os.path.islink
+    gone = made(site.control.config.lock_dir + "/gone.lock")
 
-    def walk(top, **how):
-        for found in real(top, **how):
-            if found[0] == directory:
-                found[2].append("gone.lock")
-            yield found
+    def islink(path):
+        if path == gone and os.path.exists(gone):
+            os.unlink(gone)
+        return real(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ctrl_exec.os, "walk", walk)
+        patch.setattr(ctrl_exec.os.path, "islink", islink)
         assert amiss(control_places(site)) == []
+    assert not os.path.exists(gone)
+
+
+def test_a_directory_that_is_too_deep_or_too_full_is_said_so(site, monkeypatch):
+    directory = site.control.config.runs_dir
+    deep = os.open(directory, os.O_RDONLY)
+    for _ in range(1200):
+        os.mkdir("d", dir_fd=deep)
+        further = os.open("d", os.O_RDONLY, dir_fd=deep)
+        os.close(deep)
+        deep = further
+    os.close(deep)
+    assert amiss(control_places(site)) == []
+    monkeypatch.setattr(ctrl_exec, "MAX_PLACE", 100)
+    assert "WARN %s: so much is in it that not all was looked at" % directory in control_places(site)
+    subprocess.run(["rm", "-rf", directory + "/d"], check=True)
+
+
+def test_a_file_name_is_no_command_and_moves_no_cursor(site):
+    name = "x;id>PWNED;\n\033[2J#"
+    put(os.path.join(site.control.config.runs_dir, name), mode=0o666)
+    done = site.control.run("check")
+    assert "\033" not in done.out
+    (line,) = [line for line in done.out.splitlines() if "PWNED" in line]
+    assert "(chmod o-w '%s/x;id>PWNED;" % site.control.config.runs_dir in line
+
+
+def test_a_link_in_a_directory_is_followed(site, tmp_path):
+    target = str(tmp_path / "target")
+    put(target, mode=0o666)
+    os.symlink(target, site.control.config.registry_dir + "/other.json")
+    assert "FAIL %s is writable by everybody (mode 0666)" % target in control_places(site)
+
+
+def test_keys_and_certificates_without_a_suffix_are_looked_at_too(site):
+    config = site.control.config
+    key, cert = (site.control.file(ctrl_exec.ETC + "/" + name) for name in ("ourkey", "ourcert"))
+    shutil.copy2(config.key, key)
+    shutil.copy2(config.cert, cert)
+    with open(config.path, "a", encoding="ascii") as file:
+        file.write("key = %s\ncert = %s\n" % (key, cert))
+    changed = ctrl_exec.load_config("dispatcher", "", site.control.root)
+    os.chmod(cert, 0o666)
+    os.chmod(key, 0o604)
+    found = lines(ctrl_exec.check_dispatcher(changed))
+    assert "FAIL %s is writable by everybody (mode 0666)" % cert in found
+    assert [line for line in found if line.startswith("FAIL private key %s" % key)]
+
+
+def test_an_agents_successor_of_the_ca_is_looked_at(site):
+    path = ctrl_exec.next_path(site["solo"].config.ca)
+    put(path, mode=0o666)
+    assert "FAIL %s is writable by everybody (mode 0666)" % path in agent_places(site)
 
 
 def as_nobody(work):
@@ -303,6 +364,7 @@ def as_nobody(work):
             if IS_ROOT:
                 os.setgroups([])
                 os.setresgid(65534, 65534, 65534)
+                os.umask(0o022)
                 os.setresuid(65534, 65534, 65534)
             os.write(writing, json.dumps(work()).encode())
         finally:
@@ -314,12 +376,25 @@ def as_nobody(work):
     return json.loads(text)
 
 
-def test_who_may_not_look_is_told_so(site, tmp_path):
-    shut = str(tmp_path / "shut")
+@needs_root
+def test_what_the_program_makes_for_a_user_without_rights_is_sound(site, monkeypatch):
+    config = site.control.config
+    for path in (config.runs_dir, config.lock_dir, config.pairing_dir):
+        os.chown(path, STRANGER, STRANGER)
+        os.chmod(path, 0o2770)
+    assert len(amiss(control_places(site))) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(ctrl_exec, "find_user", lambda name: None)
+        patch.setattr(ctrl_exec.os, "geteuid", lambda: STRANGER)
+        patch.setattr(ctrl_exec.os, "getegid", lambda: STRANGER)
+        assert amiss(control_places(site)) == []
+
+
+def test_who_may_not_look_is_told_so(open_top):
+    shut = os.path.join(open_top, "shut")
     put(shut + "/inner/file")
     os.chmod(shut + "/inner", 0o000)
-    for path in (shut, str(tmp_path)):
-        os.chmod(path, 0o755)
+    os.chmod(shut, 0o755)
     place = ctrl_exec.Place(shut, user=ctrl_exec.DISPATCHER_USER)
     found = as_nobody(lambda: lines(ctrl_exec.check_places([place])))
     os.chmod(shut + "/inner", 0o700)
@@ -550,7 +625,7 @@ def test_ced_ping_tells_the_time(ticking):
     assert clock_line(ticking).startswith("OK dispatcher control: its clock agreed at ")
 
 
-def test_a_clock_is_noted_once_an_hour_while_nothing_changes(ticking):
+def test_a_clock_is_noted_once_a_minute_while_nothing_changes(ticking):
     tell(ticking)
     path = ctrl_exec.clocks_path(ticking["solo"].config)
     written = os.stat(path).st_mtime_ns
@@ -583,7 +658,14 @@ def test_what_is_noted_is_private_and_only_of_dispatchers_that_are_trusted(ticki
 
 
 @pytest.mark.parametrize(
-    "text", [b"{", b"[]", b'{"control": 7}', b'{"control": {"ahead": "far", "seen": ""}}']
+    "text",
+    [
+        b"{",
+        b"[]",
+        b'{"control": 7}',
+        b'{"control": {"ahead": "far", "seen": ""}}',
+        b'{"control": {"ahead": 1e999, "seen": ""}}',
+    ],
 )
 def test_a_note_that_is_spoiled_is_said_so_and_mended_by_the_next(ticking, text):
     path = ctrl_exec.clocks_path(ticking["solo"].config)
@@ -599,3 +681,19 @@ def test_a_note_that_cannot_be_written_costs_no_ping(ticking):
     tell(ticking)
     assert wait_until(lambda: [line for line in ticking["solo"].events("run-store-fail") if path in line])
     os.rmdir(path)
+    tell(ticking)  # and it is tried again
+    assert clock_line(ticking).startswith("OK")
+
+
+@pytest.mark.parametrize("args", [(), ("1", "2"), ("",), ("soon",), ("9" * 5000,), ("1e5",)])
+def test_a_distance_that_is_none_is_refused_by_the_side_that_writes(site, args):
+    config = site["solo"].config
+    identity = ctrl_exec.agent_identity(config)
+    path = str(site.top) + "/clocks.json"
+    custody = ctrl_exec.Custody(
+        identity, config.trusted_dispatchers_path, "", config.revoked_serials, path, "solo"
+    )
+    request = ctrl_exec.JobRequest("note-clock", "x", "control", args=args)
+    with pytest.raises(ctrl_exec.BadRequest):
+        ctrl_exec.Custodian(custody, OPENSSL, None).note_clock(request)
+    assert not os.path.exists(path)
