@@ -580,7 +580,7 @@ def become_user(user: str) -> None:
     if os.geteuid() != 0:
         return
     # Python itself may lie where only root can read: what the network side imports later, it imports now.
-    import base64, fnmatch, hashlib, hmac, ipaddress, subprocess, traceback  # noqa: E401, F401
+    import base64, fnmatch, hashlib, hmac, ipaddress, shlex, subprocess, traceback  # noqa: E401, F401
 
     owner = find_service_owner(user) or Owner(65534, 65534)
     os.setgroups([])

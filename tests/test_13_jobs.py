@@ -156,7 +156,7 @@ def is_alive(pid):
     try:
         with open("/proc/%d/stat" % pid, encoding="ascii") as file:
             return file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 

@@ -42,7 +42,7 @@ def fronts(host):
         try:
             if session_of(pid) == session_of(host.process.pid):
                 found.append(pid)
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):  # it has ended, before the file was opened or after
             pass
     return found
 
