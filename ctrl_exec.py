@@ -2275,7 +2275,7 @@ def sibling_path(path: str, word: str) -> str:
 
 
 def find_siblings(path: str) -> list:
-    """A file and those that belong to it: ca.key, ca.next.key, ca.retired-SERIAL.key."""
+    """A file and those that belong to it, as far as they are there: ca.key, ca.next.key, ca.retired-*.key."""
     directory, name = os.path.split(path)
     stem, suffix = os.path.splitext(name)
     try:
@@ -2283,7 +2283,7 @@ def find_siblings(path: str) -> list:
     except OSError:  # not ours to look into
         return [path]
     kin = [file for file in files if file.startswith(stem + ".") and file.endswith(suffix) and file != name]
-    return [path, *(os.path.join(directory, file) for file in kin)]
+    return ([path] if name in files else []) + [os.path.join(directory, file) for file in kin]
 
 
 def next_path(path: str) -> str:

@@ -128,7 +128,8 @@ class Control(Program):
         handed out in turn: ten processes for each of two hundred control hosts would take a minute."""
         made = Control._made.setdefault(conf, [])
         if len(made) == 3:
-            subprocess.run(["cp", "-a", made[0] + "/.", self.root], check=True)
+            for name in ("etc", "var"):
+                subprocess.run(["cp", "-a", os.path.join(made[0], name), self.root], check=True)
             made.append(made.pop(0))
             return
         for verb in ("setup-ca", "setup-ctrl-exec"):
