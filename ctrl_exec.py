@@ -5641,6 +5641,8 @@ class Executor:
         """A front passes one end of a socketpair: fork the supervisor that will read from it."""
         try:
             word, channel = receive_socket(front.control)
+        except ConnectionResetError:  # it was killed before it read a word of ours: that is its end
+            word, channel = b"", None
         except OSError as error:  # no descriptor left for it, for instance; its front sees the end
             LOG.event("bug", MESSAGE="a request was lost: %s" % error.strerror)
             return
