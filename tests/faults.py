@@ -108,7 +108,7 @@ class Scene:
             except OSError:
                 return None
 
-        return wait_until(ask, seconds=40, what="an answer about " + reqid)
+        return wait_until(ask, what="an answer about " + reqid)
 
     def run(self, script="held"):
         """One more run, to see whether its lock is free: (status, answer)."""
@@ -116,17 +116,6 @@ class Scene:
         return support.post(self.host.port, self.context, "/run", body)
 
     # --- who is who ---
-
-    def front(self, other_than=0):
-        """The front: the one child that makes no session of its own; others need a moment to make theirs."""
-        own = ctrl_exec.find_process(self.host.process.pid)
-
-        def look():
-            children = [ctrl_exec.find_process(pid) for pid in self.host.children()]
-            found = [one.pid for one in children if one is not None and one.session == own.session]
-            return found[0] if len(found) == 1 and found[0] != other_than else 0
-
-        return wait_until(look, what="one front")
 
     def supervisor(self, asked):
         return self.host.record(asked.reqid)["supervisor"]
@@ -179,9 +168,9 @@ class Scene:
 
 
 def kill_front(scene):
-    pid = scene.front()
+    pid = scene.host.front()
     os.kill(pid, signal.SIGKILL)
-    scene.front(other_than=pid)
+    scene.host.front(other_than=pid)
 
 
 def kill_executor(scene):
@@ -190,7 +179,7 @@ def kill_executor(scene):
 
 
 def kill_both(scene):
-    pid = scene.front()
+    pid = scene.host.front()
     os.kill(pid, signal.SIGSTOP)  # so that it cannot see that the executor is gone
     scene.host.process.kill()
     os.kill(pid, signal.SIGKILL)

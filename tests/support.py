@@ -27,7 +27,7 @@ ctrl_exec.leave(ctrl_exec.main(sys.argv))
 """
 
 
-def wait_until(condition, seconds=20, what="the condition"):
+def wait_until(condition, seconds=60, what="the condition"):
     """Poll until `condition()` is true and return its value; fail the test when it never is."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -242,7 +242,7 @@ class Host(Program):
         if self.process.poll() is None:
             self.process.send_signal(number)
             try:
-                self.process.wait(20)
+                self.process.wait(60)
             except subprocess.TimeoutExpired:
                 os.killpg(self.process.pid, signal.SIGKILL)
                 self.process.wait()
@@ -260,6 +260,24 @@ class Host(Program):
         path = "/proc/%d/task/%d/children" % ((pid or self.process.pid,) * 2)
         with open(path, encoding="ascii") as file:
             return [int(word) for word in file.read().split()]
+
+    def fronts(self):
+        """The process ids of the agent's network side: children that make no session of their own.
+
+        Supervisors need a moment to make theirs, so there can be a false one among them.
+        """
+        own = ctrl_exec.find_process(self.process.pid)
+        children = [ctrl_exec.find_process(pid) for pid in self.children()]
+        return [one.pid for one in children if one is not None and one.session == own.session]
+
+    def front(self, other_than=0):
+        """The one front, as soon as there is one, and another one than this."""
+
+        def look():
+            found = self.fronts()
+            return found[0] if len(found) == 1 and found[0] != other_than else 0
+
+        return wait_until(look, what="one front")
 
     def record(self, reqid, owner="control"):
         with open(os.path.join(self.config.runs_dir, owner, reqid + ".json"), encoding="ascii") as file:
@@ -432,7 +450,7 @@ def client_context(cert=None, key=None, ca=None):
     return context
 
 
-def tls_connect(port, context, timeout=20):
+def tls_connect(port, context, timeout=60):
     raw = socket.create_connection(("127.0.0.1", port), timeout)
     return context.wrap_socket(raw)
 

@@ -349,7 +349,7 @@ class Loose:
             desk.stdin.close()
             desk.terminate()
             self.desk_said = desk.stdout.read().decode("utf-8", "replace")
-            desk.wait(20)
+            desk.wait(60)
             desk.stdout.close()
 
     def tops(self):

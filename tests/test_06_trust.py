@@ -882,7 +882,7 @@ class Impostor:
                 return
             self.connections += 1
             try:
-                raw.settimeout(20)
+                raw.settimeout(60)
                 with self.context.wrap_socket(raw, server_side=True) as sock:
                     while True:
                         data = sock.recv(65536)
@@ -997,7 +997,7 @@ def test_an_impostor_that_does_not_speak_tls_is_refused_in_a_sentence(field):
         thread.start()
         enlist(field, "plain", listener.getsockname()[1], "plain")
         done = field.control.run("run", "plain", "mark")
-        thread.join(20)
+        thread.join(60)
     assert done.returncode == 1
     assert "does not speak TLS" in done.out + done.err
     assert got[0][:1] == b"\x16" and b"mark" not in got[0]  # a handshake record and nothing else

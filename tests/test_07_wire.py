@@ -175,7 +175,7 @@ def test_a_header_of_blanks_that_ends_badly_costs_no_more_than_its_length():
         "except ctrl_exec.BadRequest as error: print(error.message)"
     )
     where = os.path.dirname(support.PROGRAM)
-    done = subprocess.run([sys.executable, "-c", code, where], timeout=20, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, "-c", code, where], timeout=60, stdout=subprocess.PIPE, text=True)
     assert done.stdout == "a malformed header line\n"
 
 
@@ -385,7 +385,7 @@ def test_a_string_of_escapes_that_never_ends_costs_no_more_than_its_length():
         "except ctrl_exec.BadRequest as error: print('refused')"
     )
     where = os.path.dirname(support.PROGRAM)
-    done = subprocess.run([sys.executable, "-c", code, where], timeout=20, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, "-c", code, where], timeout=60, stdout=subprocess.PIPE, text=True)
     assert done.stdout == "refused\n"
 
 

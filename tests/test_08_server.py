@@ -95,11 +95,6 @@ def assert_ping(control, name):
     assert (code, [entry["status"] for entry in answer["results"]]) == (0, ["ok"]), answer
 
 
-def front_of(host):
-    """The process id of the agent's network side."""
-    return host.children()[0]
-
-
 def count_threads(pid):
     return len(os.listdir("/proc/%d/task" % pid))
 
@@ -112,7 +107,7 @@ def end(host):
     """SIGTERM; returns the exit status and what the agent printed."""
     host.process.send_signal(signal.SIGTERM)
     printed = host.process.stdout.read().decode()
-    return host.process.wait(20), printed
+    return host.process.wait(60), printed
 
 
 # --- crowds on the agent's port -------------------------------------------------------------------------
@@ -128,8 +123,8 @@ def test_a_hundred_silent_and_a_hundred_slow_clients_do_not_keep_a_ping_out(fres
         crowd.add_slow_http(33, context, BODY_TO_COME)
         assert_ping(deployment.control, "solo")
         assert_ping(deployment.control, "solo")
-    pid = front_of(solo)
-    wait_until(lambda: count_threads(pid) == 1, 60, "the end of all threads")
+    pid = solo.front()
+    wait_until(lambda: count_threads(pid) == 1, what="the end of all threads")
     status, printed = end(solo)
     assert (status, printed) == (0, "")
     assert "ACTION=bug" not in solo.log()
@@ -139,13 +134,13 @@ def test_five_hundred_silent_clients_do_not_keep_a_ping_out_of_256_places(fresh)
     deployment = fresh("solo")
     solo = deployment["solo"]
     assert solo.config.max_connections == 256
-    pid = front_of(solo)
+    pid = solo.front()
     with Crowd(solo.port) as crowd:
         crowd.add_silent(500)
         assert_ping(deployment.control, "solo")
         assert_ping(deployment.control, "solo")
-    wait_until(lambda: count_threads(pid) == 1, 60, "the end of all threads")
-    assert front_of(solo) == pid
+    wait_until(lambda: count_threads(pid) == 1, what="the end of all threads")
+    assert solo.front() == pid
     assert_ping(deployment.control, "solo")
     status, printed = end(solo)
     assert (status, printed) == (0, "")
@@ -202,16 +197,16 @@ def test_out_of_descriptors_the_agent_says_so_and_recovers(fresh):
     solo = deployment["solo"]
     start_with_few_descriptors(solo)
     assert_ping(deployment.control, "solo")
-    pid = front_of(solo)
+    pid = solo.front()
     for _ in range(3):
         seen = len(solo.events("deny"))
         with Crowd(solo.port) as crowd:
             crowd.add_silent(100)
             wait_until(lambda: len(solo.events("deny")) > seen, what="the event")
-        wait_until(lambda: count_threads(pid) == 1, 60, "the end of all threads")
+        wait_until(lambda: count_threads(pid) == 1, what="the end of all threads")
     assert "out of file descriptors" in solo.events("deny")[0]
     assert_ping(deployment.control, "solo")
-    assert front_of(solo) == pid
+    assert solo.front() == pid
     status, printed = end(solo)
     assert (status, printed) == (0, "")
     assert "ACTION=bug" not in solo.log()
@@ -260,15 +255,15 @@ def test_three_hundred_requests_leave_no_thread_descriptor_or_process(fresh):
                     sock.sendall(BODY_TO_COME + b"x")
 
     def counts():
-        pids = (solo.process.pid, front_of(solo))
+        pids = (solo.process.pid, solo.front())
         return [count_threads(pid) for pid in pids] + [count_descriptors(pid) for pid in pids]
 
     burst(20)
-    wait_until(lambda: count_threads(front_of(solo)) == 1, what="the end of all threads")
+    wait_until(lambda: count_threads(solo.front()) == 1, what="the end of all threads")
     wait_until(lambda: len(solo.children()) == 2, what="the end of all supervisors")
     before = counts()
     burst(300)
-    wait_until(lambda: counts() == before, 60, "the counts of before")
+    wait_until(lambda: counts() == before, what="the counts of before")
     assert len(wait_until(lambda: len(solo.children()) == 2 and solo.children())) == 2
     status, printed = end(solo)
     assert (status, printed) == (0, "")
@@ -426,7 +421,7 @@ def test_sigterm_lets_a_run_be_answered_refuses_new_callers_and_exits_0(fresh, t
         printed, _ = run.communicate(timeout=60)
     result = json.loads(printed)["results"][0]
     assert (run.returncode, result["state"], result["stdout"]) == (0, "ok", "through\n")
-    assert solo.process.wait(20) == 0
+    assert solo.process.wait(60) == 0
     assert len(solo.events("stop")) == 1
 
 

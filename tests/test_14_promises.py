@@ -71,15 +71,7 @@ def run_file(site, reqid, suffix, name="alpha"):
 
 
 def kill_front(host):
-    own = ctrl_exec.find_process(host.process.pid)
-
-    def find_front():  # other children need a moment to make sessions of their own
-        children = [ctrl_exec.find_process(pid) for pid in host.children()]
-        found = [one.pid for one in children if one and one.session == own.session]
-        return found[0] if len(found) == 1 else 0
-
-    front = support.wait_until(find_front, what="one front")
-    os.kill(front, signal.SIGKILL)
+    os.kill(host.front(), signal.SIGKILL)
 
 
 def kill_and_restart(host):

@@ -584,7 +584,7 @@ def test_looking_at_locks_never_makes_a_run_fail(tmp_path):
         with open(stop, "w", encoding="ascii"):
             pass
         for watcher in watchers:
-            watcher.communicate(timeout=30)
+            watcher.communicate(timeout=60)
 
 
 def test_a_lock_is_one_lock_however_long_the_names_are(tmp_path):

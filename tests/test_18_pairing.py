@@ -84,12 +84,12 @@ class Desk:
         if self.process.poll() is None:
             self.process.terminate()
             try:
-                self.process.wait(20)
+                self.process.wait(60)
             except subprocess.TimeoutExpired:
                 os.killpg(self.process.pid, signal.SIGKILL)
                 self.process.wait()
         self.process.stdin.close()
-        self.screen.join(10)
+        self.screen.join(60)
         self.process.stdout.close()
 
 
@@ -131,7 +131,7 @@ class Attempt(threading.Thread):
         """Go away without a word."""
         with contextlib.suppress(OSError):
             self.session._connection._tls.shutdown(socket.SHUT_RDWR)
-        self.join(20)
+        self.join(60)
 
 
 @pytest.fixture(scope="module")
@@ -385,7 +385,7 @@ def test_one_request_is_skipped_listed_and_approved_at_the_prompt(new_desk, tmp_
     done = host.run("pairing-status")
     assert done.returncode == 0 and "stored" in done.out and "control" in done.out
     desk.type("quit")
-    assert desk.process.wait(20) == 0
+    assert desk.process.wait(60) == 0
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", desk.port), 1)
     for action in (
@@ -465,7 +465,7 @@ def test_quitting_denies_whoever_waits(new_desk, tmp_path):
     desk.request("left")
     desk.type("quit")
     assert isinstance(attempt.end(), ctrl_exec.PairingDenied)
-    assert desk.process.wait(20) == 0 and stored(host) == []
+    assert desk.process.wait(60) == 0 and stored(host) == []
     assert [name for name in os.listdir(desk.config.pairing_dir) if name.endswith(".json")] == []
 
 
@@ -1021,7 +1021,7 @@ def test_a_dispatcher_that_says_nothing_is_given_up_within_the_time_asked_for(im
     with FakeServer(impostor, lambda sock: (read_http_request(sock), read_http_request(sock))) as server:
         process = start_request(host, server.port, "--timeout", "1")
         try:
-            assert process.wait(15) == 2
+            assert process.wait(60) == 2
         finally:
             if process.poll() is None:
                 process.kill()
@@ -1147,7 +1147,7 @@ def test_an_older_dispatcher_that_never_decides_is_given_up_in_time(template, im
     with FakeServer(impostor, legacy_dispatcher(template, silent=True)) as server:
         process = start_request(host, server.port, "--allow-legacy", "--timeout", "1")
         try:
-            assert process.wait(15) == 2
+            assert process.wait(60) == 2
         finally:
             if process.poll() is None:
                 process.kill()

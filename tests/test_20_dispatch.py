@@ -48,7 +48,7 @@ class FakeAgent:
     def __exit__(self, *_):
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        self._thread.join(20)
+        self._thread.join(60)
 
     def _accept(self):
         while True:

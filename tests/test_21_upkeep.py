@@ -435,7 +435,7 @@ def test_an_agent_killed_during_its_renewal_comes_back_with_the_old_certificate(
         ctrl_exec.OpenSSL.check_request = check
 
     assert ping(site, "alpha", change=prepare)["alpha"]["status"] == "ok"
-    alpha.process.wait(20)
+    alpha.process.wait(60)
     alpha.stop()
     alpha.start()
     assert ping(site)["alpha"]["status"] == "ok"
@@ -773,7 +773,7 @@ def pair(site):
         done = host.run("request-pairing", *words, env={"CTRL_EXEC_PAIRING_TOKEN": token})
         desk.stdin.close()
         desk.terminate()
-        desk.wait(20)
+        desk.wait(60)
         desk.stdout.close()
         assert done.returncode == 0, done.out + done.err
         if host.process is None:

@@ -239,7 +239,7 @@ def test_the_look_at_depth_takes_a_few_times_the_memory_of_the_data_at_most(esca
 def test_the_service_manager_hears_the_state(tmp_path, monkeypatch):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
-        manager.settimeout(20)
+        manager.settimeout(60)
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
         ctrl_exec.tell_systemd("READY=1")
         assert manager.recv(100) == b"READY=1"

@@ -323,7 +323,7 @@ def test_a_character_in_two_halves_and_a_byte_that_is_none_arrive_as_they_are(si
     )
     wait_until(lambda: any(r["status"] == "running" for r in all_records(site["alpha"], "halves")))
     gate.touch()
-    out = process.communicate(timeout=30)[0]
+    out = process.communicate(timeout=60)[0]
     assert out.splitlines()[0] == b"\xc3\xa4 end\xff"
 
 
@@ -369,7 +369,7 @@ def test_a_run_can_be_followed_from_its_beginning_and_from_now(site, tmp_path):
     assert both[0].stdout.readline() == b"begun\n"
     wait_until(lambda: len([e for e in site["alpha"].events("result") if reqid in e and "FOLLOW" in e]) == 2)
     gate.touch()
-    start, now = (process.communicate(timeout=30)[0].decode().splitlines() for process in both)
+    start, now = (process.communicate(timeout=60)[0].decode().splitlines() for process in both)
     assert start[0] == now[0] == "through"
     assert [process.returncode for process in both] == [0, 0]
     again = site.control.run("follow", reqid)
@@ -561,7 +561,7 @@ def test_waiting_is_one_question_and_not_one_a_second(site, tmp_path):
     wait_until(questions)
     time.sleep(2.5)  # in which a poll a second would ask twice more
     gate.touch()
-    out = process.communicate(timeout=30)[0]
+    out = process.communicate(timeout=60)[0]
     assert process.returncode == 0 and b"through" in out
     assert len(questions()) == 1
 

@@ -146,7 +146,7 @@ def test_recovery_leaves_files_alone_that_are_not_locks(scene):
 
 
 def test_a_spare_supervisor_that_is_killed_costs_nobody_a_run(scene):
-    front = scene.front()
+    front = scene.host.front()
     scene.open_gate()
     for _ in range(3):
         spare = wait_until(lambda: [pid for pid in scene.host.children() if pid != front], what="a spare")
@@ -196,7 +196,7 @@ def test_a_flood_is_kept_up_to_its_limit_and_counted_and_costs_little_memory(flo
     assert len(data) == KEPT
     assert os.path.getsize(os.path.join(host.config.runs_dir, "control", reqid + ".out")) <= KEPT
     assert max(highest - before, 0) < 50
-    assert sum(peak(pid) for pid in [host.process.pid, host.children()[0]]) < 150
+    assert sum(peak(pid) for pid in [host.process.pid, host.front()]) < 150
 
 
 def test_a_streamed_flood_shows_what_was_kept_and_says_what_was_not(flooded):
@@ -212,7 +212,7 @@ def test_a_streamed_flood_shows_what_was_kept_and_says_what_was_not(flooded):
 
 def sizes(scene):
     """What must be as before when all is over: descriptors of executor and front, and children."""
-    pids = [scene.host.process.pid, scene.front()]
+    pids = [scene.host.process.pid, scene.host.front()]
     return [len(os.listdir("/proc/%d/fd" % pid)) for pid in pids], len(scene.host.children())
 
 
@@ -231,10 +231,10 @@ def test_two_hundred_jobs_at_once_are_all_accounted_for(fresh, tmp_path):
     os.mkfifo(scene.gate)
     assert site.control.run("run", "solo", "hello").returncode == 0  # the first run makes directories
     before = wait_until(lambda: sizes(scene)[1] == 2 and sizes(scene), what="quiet")
-    memory = [private(pid) for pid in (host.process.pid, scene.front())]
+    memory = [private(pid) for pid in (host.process.pid, scene.host.front())]
     for number in range(200):
         scene.ask("parked", ("async", "sync", "stream")[number % 3 if number < 90 else 0])
-    wait_until(lambda: len(scene.lines()) == 200, seconds=60, what="200 scripts at once")
+    wait_until(lambda: len(scene.lines()) == 200, what="200 scripts at once")
     assert scene.run("parked")[0] == 409  # one more than is allowed
 
     def all_ended():
@@ -244,7 +244,7 @@ def test_two_hundred_jobs_at_once_are_all_accounted_for(fresh, tmp_path):
             pass
         return len(scene.lines()) == 400
 
-    wait_until(all_ended, seconds=60, what="the end of all")
+    wait_until(all_ended, what="the end of all")
     assert {one.wait()[0] for one in scene.asked} == {200, 202}
     for one in scene.asked:
         wait_until(lambda: host.record(one.reqid)["status"] == "done", what="the record")
@@ -253,5 +253,5 @@ def test_two_hundred_jobs_at_once_are_all_accounted_for(fresh, tmp_path):
         assert lines.count((one.reqid, "start")) == lines.count((one.reqid, "end")) == 1
         assert host.record(one.reqid)["exit"] == 0
     wait_until(lambda: sizes(scene) == before, what="everything as before")
-    after = [private(pid) for pid in (host.process.pid, scene.front())]
+    after = [private(pid) for pid in (host.process.pid, scene.host.front())]
     assert all(now - then < 20 for now, then in zip(after, memory)), (memory, after)
