@@ -3872,14 +3872,20 @@ class Hook(NamedTuple):
         raise Denied("not authorised: %s" % reason, code)
 
 
-def check_hook(hook: Hook) -> None:
-    """Raise Denied when a hook could not be asked."""
+def check_hook(hook: Optional[Hook]) -> list:
+    """Whether the hook, if there is one, could be asked: Findings."""
+    if hook is None:
+        return []
+    what = "auth hook %s" % hook.path
     try:
         _check_hook(hook.path)
         if not os.access(hook.path, os.X_OK):
             raise ValueError("not executable: chmod +x %s" % hook.path)
     except (OSError, ValueError) as error:
-        raise Denied("cannot be run: %s" % (getattr(error, "strerror", None) or error)) from error
+        reason = getattr(error, "strerror", None) or error
+        hint = "while it is so, everything is denied"
+        return [Finding("FAIL", "%s: cannot be run: %s" % (what, reason), hint)]
+    return [Finding("OK", what)]
 
 
 def find_hook(path: str, default: str, timeout: int, deny_generic: bool = False) -> Optional[Hook]:
@@ -6572,9 +6578,9 @@ def _agent_places(config: Config) -> list:
 
 _PAIR_AGAIN = "cea request-pairing --dispatcher HOST"
 _PAIR_ANEW = (
-    "put back what belongs together; or pair again, under the name it has there: %s --name NAME" % _PAIR_AGAIN
+    "put back what belongs together; or pair again, under the name it has there: %s --name NAME, and there: "
+    "ced approve ID --replace" % _PAIR_AGAIN
 )
-_PAIR_ANEW += ", and there: ced approve ID --replace"
 
 
 def _check_own_name(path: str, info: CertInfo) -> Finding:
@@ -6649,15 +6655,7 @@ def _check_allowlist(config: Config) -> list:
                 findings.append(
                     Finding("WARN", "script %s runs as root" % script.name, "give it a profile with run_as")
                 )
-    hook = find_agent_hook(config)
-    if hook is not None:
-        try_check(
-            findings,
-            "auth hook %s" % hook.path,
-            lambda: check_hook(hook),
-            "while it is so, everything is denied",
-        )
-    return findings
+    return findings + check_hook(find_agent_hook(config))
 
 
 def check_agent(config: Config) -> list:
@@ -9975,7 +9973,7 @@ def _check_own_identity(config: Config, openssl: OpenSSL) -> list:
             try_check(
                 findings, "certificate %s and its key" % other.cert,
                 lambda: openssl.check_key_match(read_certificate_file(other.cert), other.key),
-                "remove both: hosts that know only this certificate must be paired again",
+                "put its key back; without it, hosts that know only this certificate must be paired again",
             )  # fmt: skip
     return findings + check_keys(identity.key, DISPATCHER_USER)
 
@@ -9991,14 +9989,7 @@ def check_dispatcher(config: Config) -> list:
     )
     path = rotation_path(config)
     try_check(findings, "rotation %s" % path, lambda: load_rotation(path))
-    hook = find_dispatcher_hook(config)
-    if hook is not None:
-        try_check(
-            findings,
-            "auth hook %s" % hook.path,
-            lambda: check_hook(hook),
-            "while it is so, everything is denied",
-        )
+    findings += check_hook(find_dispatcher_hook(config))
     registry = try_check(
         findings, "registry %s" % config.registry_dir, lambda: load_agents(config.registry_dir)
     )
