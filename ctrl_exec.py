@@ -1273,13 +1273,7 @@ SETTINGS = (
     Setting("dispatcher", "read_timeout", parse_positive, "60", "seconds to wait for a host's answer"),
     Setting("dispatcher", "connect_timeout", parse_positive, "10", "seconds to reach a host, TLS included"),
     Setting("dispatcher", "max_parallel", parse_positive, "32", "hosts spoken to at the same time"),
-    Setting(
-        "dispatcher",
-        "run_retention_hours",
-        parse_positive,
-        "24",
-        "hours a run record is kept",
-    ),
+    Setting("dispatcher", "run_retention_hours", parse_positive, "24", "hours a run record is kept"),
     Setting("dispatcher", "registry_dir", parse_path, VAR + "/agents", "one JSON file per paired agent"),
     Setting("dispatcher", "lock_dir", parse_path, VAR + "/locks", "locks of running host:script pairs"),
     Setting("dispatcher", "runs_dir", parse_path, VAR + "/runs", "run records"),
@@ -1300,11 +1294,7 @@ SETTINGS = (
         "days left below which `maintain` rotates the dispatcher's certificate",
     ),
     Setting(
-        "dispatcher",
-        "cert_overlap_days",
-        parse_positive,
-        "30",
-        "days that the one it replaces stays trusted",
+        "dispatcher", "cert_overlap_days", parse_positive, "30", "days that the one it replaces stays trusted"
     ),
     Setting(
         "dispatcher",
@@ -11669,15 +11659,21 @@ def _render_cancelled(result: HostResult) -> str:
     return "==> %s  [%s: %s]" % (result.host, result.state, one_line(result.error or "nothing to cancel"))
 
 
-def _stop_waiting(args: Any, dispatcher: Dispatcher, context: HookContext, left: list) -> int:
-    """After Ctrl-C: the scripts go on; a second Ctrl-C within two seconds ends them."""
+def _explain_stop(args: Any, record: RequestRecord) -> None:
+    """Where the scripts go on, and what can be done about it."""
+    left = sorted(name for name, outcome in record.hosts.items() if outcome.state in OPEN_STATES)
     if args.json:
-        _say_json({"ok": False, "error": "interrupted", "reqid": context.reqid, "running": left})
+        _say_json({"ok": False, "error": "interrupted", "reqid": record.reqid, "running": left})
     where = ", ".join(left) or "no host"
-    _warn("\nced: stopped waiting; the script may still run on %s (request %s)" % (where, context.reqid))
-    _warn("     to go on: ced wait %s, ced follow %s" % ((context.reqid,) * 2))
-    _warn("     to end it: ced cancel %s, or Ctrl-C again within 2 seconds" % context.reqid)
+    _warn("\nced: stopped waiting; the script may still run on %s (request %s)" % (where, record.reqid))
+    _warn("     to go on: ced wait %s, ced follow %s" % ((record.reqid,) * 2))
+    _warn("     to end it: ced cancel %s, or Ctrl-C again within 2 seconds" % record.reqid)
+
+
+def _stop_waiting(args: Any, dispatcher: Dispatcher, context: HookContext) -> int:
+    """After Ctrl-C: the scripts go on; a second Ctrl-C, from now until two seconds after, ends them."""
     try:
+        _explain_stop(args, dispatcher.get_request(context.reqid))
         time.sleep(2)
         return 130
     except KeyboardInterrupt:
@@ -11734,9 +11730,7 @@ def cmd_run(args: Any, config: Config) -> int:
     try:
         results = _run_on_hosts(args, opened, request)
     except KeyboardInterrupt:
-        outcomes = opened.dispatcher.get_request(context.reqid).hosts.items()
-        left = sorted(name for name, outcome in outcomes if outcome.state in OPEN_STATES)
-        return _stop_waiting(args, opened.dispatcher, context, left)
+        return _stop_waiting(args, opened.dispatcher, context)
     well = all(result.state in ("ok", "accepted") for result in results)
     if args.json:
         entries = [

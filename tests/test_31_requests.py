@@ -1,10 +1,13 @@
 """Requests that outlive their connection, as an operator sees them."""
 
+import fcntl
 import json
 import os
 import signal
 import socket
+import struct
 import subprocess
+import termios
 import threading
 import time
 
@@ -420,17 +423,11 @@ def test_cancel_of_a_run_that_has_ended_says_so(site):
     assert site["alpha"].record(reqid)["cancelled"] is False
 
 
-def interrupted_run(site, gate, times):
-    """A synchronous run on both hosts that gets so many SIGINTs: (exit status, stderr, request id)."""
-    said = gate.parent / "stderr"
-    with open(said, "wb") as stderr:
-        process = site.control.spawn("run", "alpha", "beta", "gate", "--", str(gate), stderr=stderr)
+def run_to_interrupt(site, gate, stderr):
+    """A synchronous run on both hosts, which waits for the gate there."""
+    process = site.control.spawn("run", "alpha", "beta", "gate", "--", str(gate), stderr=stderr)
     wait_until(lambda: all(all_running(host) for host in site.hosts.values()), what="the runs")
-    for _ in range(times):
-        process.send_signal(signal.SIGINT)
-        wait_until(lambda: "Ctrl-C again" in said.read_text())
-    status = process.wait(60)
-    return status, said.read_text(), said.read_text().partition("(request ")[2][:16]
+    return process
 
 
 def all_running(host):
@@ -439,8 +436,11 @@ def all_running(host):
 
 def test_ctrl_c_stops_waiting_and_not_the_script(site, tmp_path):
     gate = tmp_path / "gate"
-    status, err, reqid = interrupted_run(site, gate, 1)
-    assert status == 130
+    process = run_to_interrupt(site, gate, subprocess.PIPE)
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=60)[1].decode()
+    reqid = err.partition("(request ")[2][:16]
+    assert process.returncode == 130
     assert "alpha, beta" in err and "ced wait " + reqid in err and "ced cancel " + reqid in err
     assert len(all_running(site["alpha"])) == len(all_running(site["beta"])) == 1
     gate.touch()
@@ -448,9 +448,24 @@ def test_ctrl_c_stops_waiting_and_not_the_script(site, tmp_path):
     assert site.control.run("list-locks").out.count("gate") == 0
 
 
+def count_unread(descriptor):
+    """How many bytes wait in a pipe."""
+    return struct.unpack("i", fcntl.ioctl(descriptor, termios.FIONREAD, b"\0" * 4))[0]
+
+
 def test_a_second_ctrl_c_cancels_on_the_hosts(site, tmp_path):
-    status, err, reqid = interrupted_run(site, tmp_path / "gate", 2)
-    assert status == 130
+    """Also one that comes while the first is still being answered: there is room for one line to be said."""
+    reader, writer = os.pipe()
+    room = os.write(writer, b"x" * (65536 - 120))  # a pipe holds 64 KiB (pipe(7))
+    process = run_to_interrupt(site, tmp_path / "gate", writer)
+    os.close(writer)
+    process.send_signal(signal.SIGINT)
+    wait_until(lambda: count_unread(reader) > room, what="the first line")
+    process.send_signal(signal.SIGINT)
+    with open(reader, encoding="ascii") as said:
+        err = said.read()[room:]
+    reqid = err.partition("(request ")[2][:16]
+    assert process.wait(60) == 130
     assert err.count("[cancelled  processes ended: ") == 2 and err.count("processes left: 0]") == 2
     assert all(host.record(reqid)["cancelled"] for host in site.hosts.values())
 
