@@ -4348,10 +4348,8 @@ def sweep_records(store: RunStore) -> None:
             return
         for owner in os.scandir(store.directory):
             if owner.is_dir(follow_symlinks=False):
-                names = [entry.path for entry in os.scandir(owner.path)]
-                for path in sorted(
-                    names, reverse=True
-                ):  # .out and .err before the .json that tells their age
+                paths = sorted((entry.path for entry in os.scandir(owner.path)), reverse=True)
+                for path in paths:  # .out and .err before the .json that tells their age
                     if _age(path) > store.retention and not is_claimed(os.path.splitext(path)[0] + ".out"):
                         os.unlink(path)
     except (OSError, StorageError) as error:
@@ -4983,9 +4981,7 @@ def _settle_holder(rules: JobRules, lock: FileLock) -> None:
     if HOST_NAME.fullmatch(owner) and REQUEST_ID.fullmatch(reqid):
         try:
             record = find_record(rules.store, owner, reqid)
-        except (
-            StorageError
-        ) as error:  # spoiled, as after a power failure: that must not stop the script for good
+        except StorageError as error:  # as after a power failure: that must not stop the script for good
             LOG.event("run-store-fail", REQID=reqid, MESSAGE=error.message)
             record = None
         if record is not None:
@@ -5620,9 +5616,7 @@ class Executor:
         status = EXIT_BUG
         try:
             reset_signals()
-            signal.signal(
-                signal.SIGINT, signal.SIG_IGN
-            )  # a terminal's Ctrl-C reaches the parent, which decides
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the parent to act on
             signal.signal(signal.SIGTERM, lambda *_: None)  # a handler, because hooks would inherit SIG_IGN
             signal.signal(signal.SIGPIPE, signal.SIG_IGN)
             listening = [listener.fileno() for listener in self._bundle.listeners]
@@ -5945,13 +5939,13 @@ class Custodian:
         revoked = load_revoked(self._custody.revoked) if action != "remove" else ()  # before any change
         if action == "add" and serial in revoked:
             raise Denied("serial %s is revoked here" % serial)
-        had = self._edit_map(action, serial, request.owner)
-        changed = had != (action == "add")
-        if action == "revoke" and serial not in revoked:
+        is_to_revoke = action == "revoke" and serial not in revoked
+        if is_to_revoke:
             self._check_room(request.owner)
+        had = self._edit_map(action, serial, request.owner)
+        if is_to_revoke:
             add_revoked(self._custody.revoked, [serial], _REVOKED_BY % request.owner)
-            changed = True
-        if changed:
+        if is_to_revoke or had != (action == "add"):
             self._order()
         facts = {"DISPATCHER": request.owner, "SERIAL": serial, "CHANGE": action}
         LOG.event("rotate", REQID=request.reqid, **facts)
@@ -6339,20 +6333,10 @@ class Front:
         )  # fmt: skip
         if job.script not in self._bundle.rules.scripts:
             return self._refuse_run(job, "script not permitted")
+        hosts = (self._bundle.host,)
+        context = HookContext("run", job.reqid, job.script, hosts, job.args, job.username, job.token)
         try:
-            self._ask_hook(
-                caller,
-                HookContext(
-                    "run",
-                    job.reqid,
-                    job.script,
-                    (self._bundle.host,),
-                    job.args,
-                    job.username,
-                    job.token,
-                    job.peer_ip,
-                ),
-            )
+            self._ask_hook(caller, context._replace(source_ip=caller.address))
         except Denied as error:
             return self._refuse_run(job, error.message)
         event, rest = self._pass_on(job, peer)
@@ -6443,9 +6427,7 @@ class Front:
         return Response(200, dict(body, host=self._bundle.host, error=reason))
 
     def _ask_hook(self, caller: Caller, context: HookContext) -> None:
-        hook = self._bundle.hook or find_agent_hook(
-            self._bundle.config
-        )  # one that was put there meanwhile counts
+        hook = self._bundle.hook or find_agent_hook(self._bundle.config)  # one put there meanwhile counts
         if hook is not None:
             hook.decide(context._replace(dispatcher=caller.dispatcher, dispatcher_serial=caller.serial))
 
@@ -8652,9 +8634,7 @@ class HostClient:
     def _remember_trust(self, agent: Agent, serial: str) -> None:
         """Note in the registry that a host has heard of our present certificate."""
         directory = self._config.registry_dir
-        if os.access(
-            directory, os.W_OK
-        ):  # the HTTP API may read it only; the next `ced ping` sees for itself
+        if os.access(directory, os.W_OK):  # the HTTP API may only read: the next `ced ping` sees for itself
             update_agent(directory, agent.name, lambda known: with_trust(known, serial))
 
     def fetch(self, agent: Agent, reqid: str, wait: float) -> HostResult:

@@ -181,10 +181,13 @@ def test_a_dispatcher_cannot_fill_an_agents_revocation_list(two):
     host = site["solo"]
     text = "".join("%030x  # by dispatcher bee\n" % n for n in range(ctrl_exec.MAX_OWN_SERIALS))
     host.put(ctrl_exec.AGENT_ETC + "/revoked-serials", text)
+    ctrl_exec.add_trusted(host.config.trusted_dispatchers_path, "ab" * 16, "bee")
+    before = ctrl_exec.load_trust_map(host.config.trusted_dispatchers_path)
     body = {"serial": "ab" * 16, "action": "revoke", "reqid": "r1"}
     status, answer = support.post(host.port, bee, "/rotate-serial", body)
     assert status == 403 and "already" in answer["error"]
-    own = support.dispatcher_context(site.control)
+    assert ctrl_exec.load_trust_map(host.config.trusted_dispatchers_path) == before  # not half done
+    own, body["serial"] = support.dispatcher_context(site.control), "cd" * 16
     assert support.post(host.port, own, "/rotate-serial", body)[0] == 200  # the other one's room is his own
 
 
