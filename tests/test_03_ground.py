@@ -537,7 +537,7 @@ def test_ten_megabytes_of_output_arrive_or_are_thrown_away_as_asked():
 def test_time_running_out_kills_the_whole_group(tmp_path):
     note = tmp_path / "pid"
     before = open_descriptors()
-    done = shell("sleep 1000 & echo $! $$ >%s; wait" % note, timeout=1)
+    done = shell("sleep 1000 & echo $! $$ >%s; wait" % note, timeout=3)
     assert done == (None, b"", b"")
     pids = [int(word) for word in note.read_text().split()]
     assert len(pids) == 2
@@ -547,7 +547,7 @@ def test_time_running_out_kills_the_whole_group(tmp_path):
 
 def test_a_grandchild_that_holds_the_pipes_ends_with_the_time_limit(tmp_path):
     note = tmp_path / "pid"
-    done = shell("sleep 1000 & echo $! >%s; exit 0" % note, timeout=1)
+    done = shell("sleep 1000 & echo $! >%s; exit 0" % note, timeout=3)
     assert done.status is None
     support.wait_until(lambda: is_gone(int(note.read_text())), what="the end of the grandchild")
 

@@ -114,7 +114,7 @@ def run_on(deployment, tmp_path, answer, **values):
 
 
 def test_every_host_of_a_mixed_run_ends_in_its_own_state_once(deployment, tmp_path):
-    config = settings(deployment.control, tmp_path, read_timeout=1)
+    config = settings(deployment.control, tmp_path, read_timeout=4)
     over = threading.Event()
     alpha = deployment["alpha"]
 
@@ -197,7 +197,7 @@ def test_one_slow_host_and_one_dead_host_hold_back_no_other_result(deployment, t
         return http(200, GOOD_RUN)
 
     mute = socket.create_server(("127.0.0.1", 0))  # accepts, and never says a word of TLS
-    config = settings(deployment.control, tmp_path, connect_timeout=2)
+    config = settings(deployment.control, tmp_path, connect_timeout=5)
     with mute, FakeAgent(alpha, slow) as late:
         agents = [entry("late", late.port), entry("mute", mute.getsockname()[1])]
         agents += [entry("quick-%d" % number, alpha.port) for number in range(4)]
@@ -385,7 +385,7 @@ ANSWERS = {
 @pytest.mark.parametrize("name", sorted(ANSWERS))
 def test_each_answer_to_a_run_has_its_one_state(deployment, tmp_path, name):
     answer, state, error = ANSWERS[name]
-    result = run_on(deployment, tmp_path, answer, read_timeout=1)
+    result = run_on(deployment, tmp_path, answer, read_timeout=5)
     assert (result.state, error in result.error) == (state, True), result
     assert bool(result.error) == (state not in ("ok", "failed") or name in ("500", "503")), result
 
@@ -399,12 +399,12 @@ def test_when_the_answer_is_lost_the_hint_names_the_request(deployment, tmp_path
         return b""
 
     answer = {"unknown": b"", "timeout": silent}[how]
-    result = run_on(deployment, tmp_path, answer, read_timeout=1)
+    result = run_on(deployment, tmp_path, answer, read_timeout=3)
     over.set()
     assert result.state == how
     assert result.reqid in result.hint
     if how == "timeout":
-        assert result.error == "read timeout after 1s"
+        assert result.error == "read timeout after 3s"
 
 
 @pytest.mark.parametrize("field, value", [("status", None), *((field, 7) for field in GOOD_PING if field != "reqid")])

@@ -455,20 +455,36 @@ def outputs(events):
     return found
 
 
-def test_events_show_a_run_to_its_end_and_resume_without_losing_or_repeating_a_byte(api, deployment):
-    body = "i=0\nwhile [ $i -lt 4 ]; do printf 'out %s \\377\\n' $i; echo err $i >&2; sleep 0.15; i=$((i+1)); done\n"
+def listen_and_let_go_on(api, reqid, gate):
+    """The events of a run on two hosts that waits after each line of stderr until that has been heard."""
+    data = b""
+    with api.connect() as sock:
+        sock.sendall(b"GET /events/%s HTTP/1.0\r\nHost: localhost\r\n\r\n" % reqid.encode())
+        for number in range(4):
+            while data.count(b"err %d" % number) < 2:
+                data += sock.recv(65536)
+            open(gate + str(number), "w").close()
+        while not data.endswith(b"}\n\n") or b"event: complete" not in data:
+            data += sock.recv(65536)
+    return parse_events(data.partition(b"\r\n\r\n")[2])
+
+
+def test_events_show_a_run_to_its_end_and_resume_without_losing_or_repeating_a_byte(api, deployment, tmp_path):
+    body = "for i in 0 1 2 3; do printf 'out %s \\377\\n' $i; echo err $i >&2\n"
+    body += 'while [ ! -e "$1$i" ]; do sleep 0.02; done; done\n'
     for host in ("alpha", "beta"):
         deployment[host].script("talk", body)
         deployment[host].reload()
-    reqid = api.run_script(["alpha", "beta"], "talk", **{"async": True}).json["reqid"]
-    events = listen(api, reqid)
+    gate = str(tmp_path / "gate")
+    reqid = api.run_script(["alpha", "beta"], "talk", gate, **{"async": True}).json["reqid"]
+    events = listen_and_let_go_on(api, reqid, gate)
     whole = outputs(events)
     expected = {
         "stdout": b"".join(b"out %d \xff\n" % number for number in range(4)),
         "stderr": b"".join(b"err %d\n" % number for number in range(4)),
     }
     assert whole == {(host, stream): expected[stream] for host in ("alpha", "beta") for stream in expected}
-    assert len([one for one in events if one[1] == "output"]) > 4  # as it came, not in one piece
+    assert len([one for one in events if one[1] == "output"]) >= 16  # as it came: lines, hosts, streams
     assert [one[1] for one in events].count("end") == 2 and events[-1][1:] == ("complete", {"reqid": reqid})
     ends = {data["host"]: data["exit"] for _, kind, data in events if kind == "end"}
     assert ends == {"alpha": 0, "beta": 0}
@@ -490,7 +506,7 @@ def test_a_place_that_is_not_of_this_run_is_refused(api, place):
 
 
 def test_a_host_that_cannot_be_heard_leaves_the_run_incomplete(start):
-    api = start(ALLOW + "read_timeout = 1\n", "up", "down")
+    api = start(ALLOW + "read_timeout = 4\n", "up", "down")
     with api:
         reqid = api.run_script(["up", "down"], "hello").json["reqid"]
         api.deployment["down"].stop()

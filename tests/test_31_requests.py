@@ -490,7 +490,7 @@ def test_a_run_whose_connection_is_lost_reports_its_result_and_ran_once(site, re
 
 def test_a_run_that_cannot_be_asked_about_is_unknown_with_the_way_to_go_on(site, relay, tmp_path):
     mark, gate = tmp_path / "mark", tmp_path / "gate"
-    conf = site.control.put("/short.conf", "dispatcher_id = control\nread_timeout = 3\n")
+    conf = site.control.put("/short.conf", "dispatcher_id = control\nread_timeout = 6\n")
     process = site.control.spawn(
         "--config", conf, "run", "alpha:%d" % relay.port, "gated-mark", "--", str(mark), str(gate),
         stdout=subprocess.PIPE,

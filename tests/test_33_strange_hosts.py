@@ -84,7 +84,7 @@ def fleet(tmp_path_factory):
     with support.Deployment(top, ("good",)) as deployment:
         control = deployment.control
         with open(control.config.path, "a", encoding="ascii") as file:
-            file.write("connect_timeout = 4\nread_timeout = 4\nmax_parallel = 100\n")
+            file.write("connect_timeout = 10\nread_timeout = 6\nmax_parallel = 100\n")
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         identity = ctrl_exec.agent_identity(deployment["good"].config)
         context.load_cert_chain(identity.cert, identity.key)
@@ -211,7 +211,7 @@ def test_a_stream_that_falls_silent_is_taken_up_again_where_it_was(tmp_path):
             tls.sendall(lines(output(offset=14, data="through\n"), END))
         raise ConnectionError
 
-    solo = Solo(tmp_path, behave, "read_timeout = 2\n")
+    solo = Solo(tmp_path, behave, "read_timeout = 4\n")
     done = solo.control.run("run", "solo", "hello", "--stream")
     stopped.set()
     solo.peer.close()
@@ -241,10 +241,10 @@ def test_a_host_that_is_slow_with_every_answer_gets_one_deadline_for_all_of_a_vi
         if request.startswith("POST /ping"):
             send_json(tls, {"status": "ok", "host": "solo", "version": "1", "expiry": "", "staged": False})
         else:
-            time.sleep(0.8)
+            time.sleep(2.4)
             send_json(tls, {"status": "ok"})
 
-    solo = Solo(tmp_path, behave, "read_timeout = 1\n")
+    solo = Solo(tmp_path, behave, "read_timeout = 3\n")
     told = {"%x" % serial: {"since": "2026-01-01T00:00:00Z", "told": []} for serial in range(4096, 4116)}
     path = ctrl_exec.rotation_path(solo.control.config)
     ctrl_exec.edit_rotation(path, lambda known: known._replace(revoked=told))

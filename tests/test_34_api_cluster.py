@@ -115,7 +115,7 @@ def cluster(tmp_path_factory):
         for host in deployment.hosts.values():
             for number in range(CLIENTS):
                 host.script("mark%d" % number, MARK.format(path=deployment.marks))
-            host.script("talk", "echo one; sleep 1.2; echo two\n")
+            host.script("talk", 'echo one; while [ ! -e "$1" ]; do sleep 0.02; done; echo two\n')
             host.start()
         servers = [ApiServer(deployment.control, name) for name in ("one", "two")]
         for server in servers:
@@ -156,7 +156,7 @@ def test_locks_hold_across_servers(cluster):
     assert found[0].status == 200 and two.run_script(["alpha"], "sleep", "0").status == 200
 
 
-def test_a_proxy_passes_on_runs_errors_and_live_events(front):
+def test_a_proxy_passes_on_runs_errors_and_live_events(front, tmp_path):
     with front.connect() as sock:  # one connection, requests to both servers
         for number in range(4):
             body = {"hosts": ["alpha", "beta"], "script": "args", "args": [str(number)]}
@@ -168,13 +168,14 @@ def test_a_proxy_passes_on_runs_errors_and_live_events(front):
     assert front.call("GET", "/nope").status == 404
     assert front.call("POST", "/run", b"{", Content_Length="1").status == 400
     assert front.call("POST", "/run", {"hosts": ["nobody"], "script": "hello"}).status == 404
-    reqid = front.run_script(["alpha"], "talk", **{"async": True}).json["reqid"]
+    gate = tmp_path / "gate"
+    reqid = front.run_script(["alpha"], "talk", str(gate), **{"async": True}).json["reqid"]
     with front.connect() as sock:
         send_http(sock, "GET", "/events/" + reqid)
         data = b""
         while b"one" not in data:
             data += sock.recv(65536)
-        assert b"two" not in data  # it came before the script had ended
+        gate.touch()  # so it came before the script had ended
         while b"event: complete" not in data:
             data += sock.recv(65536)
     assert b'"data":"two' in data.replace(b"\\n", b"") or b"two" in data

@@ -241,7 +241,7 @@ def test_a_run_outlives_the_agents_certificate_and_the_next_connection_is_refuse
     alpha, gate = site["alpha"], tmp_path / "gate"
     os.chmod(tmp_path, 0o755)
     alpha.script("gated", 'while [ ! -e "$1" ]; do sleep 0.02; done; echo through\n')
-    ends = 3.0 - DAY  # of a day's life
+    ends = 8.0 - DAY  # of a day's life
     request = OPENSSL.new_request(alpha.config.key, "alpha")
     install(site, "alpha", sign(site, request, "alpha", start=ends / DAY, days=1))
     until = OPENSSL.read_certificate(alpha.config.cert).not_after
@@ -253,7 +253,7 @@ def test_a_run_outlives_the_agents_certificate_and_the_next_connection_is_refuse
     assert time.time() < until
     time.sleep(until + 0.5 - time.time())
     gate.touch()
-    thread.join(30)
+    thread.join(60)
     (result,) = json.loads(heard[0].out)["results"]
     assert (result["exit"], result["stdout"]) == (0, "through\n")
     assert alpha.record(result["reqid"])["status"] == "done"
