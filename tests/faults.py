@@ -125,9 +125,14 @@ class Scene:
         pid = self.host.record(asked.reqid)["pid"]
         return [process.pid for process in ctrl_exec.list_processes() if process.session == pid]
 
+    def wait_for_release(self, asked):
+        """Wait until a run holds nothing: its record says `done` a moment before its lock is free."""
+        path = os.path.join(self.host.config.runs_dir, "control", asked.reqid + ".out")
+        wait_until(lambda: not ctrl_exec.is_claimed(path), what="the end of the claim")
+
     def restart(self):
         """Start the agent again after its end."""
-        self.host.process.wait(30)
+        self.host.process.wait(60)
         wait_until(lambda: not self.host.is_up(), what="the closed port")
         self.host.process.stdout.close()
         self.host.start()
@@ -151,7 +156,9 @@ class Scene:
             assert ended != (asked in interrupted), lines
             if asked not in interrupted:
                 assert (answer["exit"], answer["stdout"]) == (0, "begun\nthrough\n")
-            assert self.group(asked) == []
+            self.wait_for_release(asked)
+            # what the script has killed may have yet to notice
+            wait_until(lambda: self.group(asked) == [], what="the end of the group")
             status, again = self.result(asked.reqid)
             assert again == answer
             assert {key: self.host.record(asked.reqid)[key] for key in FINAL_FIELDS} == final

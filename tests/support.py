@@ -38,10 +38,31 @@ def wait_until(condition, seconds=60, what="the condition"):
     raise AssertionError("%s did not come true within %g s" % (what, seconds))
 
 
+def _own_ports():
+    """Ports of a block that no other run of the tests has, in turn: what is to listen on one does so later,
+    or again. They lie below those that the kernel gives to connections and to who asks for any."""
+    mark = socket.socket(socket.AF_UNIX)
+    for first in range(10000, 32000, 1000):
+        try:
+            mark.bind("\0ctrl-exec-tests-%d" % first)  # the kernel takes it back when we end
+            break
+        except OSError:  # another run's
+            continue
+    while True:
+        yield from range(first, first + 1000)
+
+
+_PORTS = _own_ports()
+
+
 def free_port():
-    """A port of loopback that nobody has at this moment."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return sock.getsockname()[1]
+    """A port of loopback that nobody has, and that nobody else is going to have."""
+    for port in _PORTS:
+        try:
+            socket.create_server(("127.0.0.1", port)).close()
+            return port
+        except OSError:
+            continue
 
 
 class Program:
@@ -224,7 +245,7 @@ class Host(Program):
             "serve", *options, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         if wait:
-            wait_until(lambda: self.is_up() or self.process.poll() is not None, what="the agent's port")
+            wait_until(lambda: self.is_ready() or self.process.poll() is not None, what="the agent")
             assert self.process.poll() is None, self.process.stdout.read().decode() + self.log()
         return self.process
 
@@ -234,6 +255,13 @@ class Host(Program):
             return True
         except OSError:
             return False
+
+    def is_ready(self):
+        """Whether it is up and acts on signals: its port is open earlier, when SIGHUP would still end it."""
+        with open("/proc/%d/status" % self.process.pid, encoding="ascii") as file:
+            caught = int(re.search(r"SigCgt:\s*([0-9a-f]+)", file.read())[1], 16)
+        # the port last: each look at it is a connection, which a rate limit counts
+        return bool(caught >> (signal.SIGHUP - 1) & 1) and self.is_up()
 
     def stop(self, number=signal.SIGTERM):
         """End the agent; returns its exit status."""

@@ -411,13 +411,16 @@ import ctrl_exec
 config = ctrl_exec.load_config("agent", "", sys.argv[2])
 rules, _ = ctrl_exec.build_rules(config, "h", {"ab1": "control"})
 answers = []
-for number in range(int(sys.argv[3])):
-    request = ctrl_exec.JobRequest("run", "r%d" % number, "control", script="s")
+# so many times, and until it was seen both ways: a busy host may let the swapper rest
+while len(answers) < int(sys.argv[3]) or len({code for code, _ in answers}) < 2:
+    request = ctrl_exec.JobRequest("run", "r%d" % len(answers), "control", script="s")
+    stage = ctrl_exec.Stage()
     try:
-        record = ctrl_exec.Job(rules, request, ctrl_exec.Stage()).finish()
+        record = ctrl_exec.Job(rules, request, stage).finish()
         with open(os.path.join(config.runs_dir, "control", record.reqid + ".out")) as file:
             answers.append([record.exit, file.read()])
     except ctrl_exec.ScriptRefused as error:
+        stage.close()
         answers.append([-1, error.message])
 print(json.dumps(answers))
 """
@@ -445,7 +448,7 @@ def test_a_link_that_is_swapped_during_hundreds_of_runs_never_runs_what_is_outsi
     try:
         done = subprocess.run(
             [sys.executable, "-c", _RUN_MANY, os.path.dirname(support.PROGRAM), host.root, "300"],
-            capture_output=True, timeout=120,
+            capture_output=True, timeout=600,
         )  # fmt: skip
     finally:
         swapper.kill()
@@ -454,7 +457,7 @@ def test_a_link_that_is_swapped_during_hundreds_of_runs_never_runs_what_is_outsi
     answers = json.loads(done.stdout)
     ran = [answer for answer in answers if answer == [0, "inside\n"]]
     refused = [answer for answer in answers if answer == [-1, "%s is outside script_dirs" % outside]]
-    assert len(ran) + len(refused) == 300, answers
+    assert len(ran) + len(refused) == len(answers) >= 300, answers
     assert ran and refused  # the swapper was at work
     assert not os.path.exists(str(tmp_path / "it-ran"))
 

@@ -88,6 +88,7 @@ def kill_and_restart(host):
 def test_a_request_is_pending_while_one_host_is_although_another_has_failed(site, tmp_path):
     gate = tmp_path / "gate"
     reqid = submit(site, "alpha", "beta", "here", "--", str(gate))
+    wait_until(lambda: site["alpha"].record(reqid)["status"] == "done", what="the end on the first host")
     status, shown = site.control.json("wait", "--timeout", "1", reqid)
     assert (status, shown["complete"], shown["pending"]) == (2, False, ["beta"])
     assert shown["hosts"]["alpha"]["exit"] == 5
@@ -137,7 +138,10 @@ def test_two_who_wait_for_one_run_both_get_its_result(site, tmp_path):
 
 def test_an_agent_forgets_old_runs_when_another_one_ends(solo):
     old = submit(solo, "alpha", "hello")
-    assert solo.control.run("wait", old).returncode == 0
+    supervisor = solo["alpha"].record(old)["supervisor"]
+    # it has looked for old runs itself, and left a mark of that, when it ends; and it is the only one here
+    wait_until(lambda: ctrl_exec.find_process(supervisor) is None, what="the end of the first run")
+    assert solo["alpha"].record(old)["exit"] == 0
     then = time.time() - 25 * 3600
     runs = solo["alpha"].config.runs_dir
     for path in [run_file(solo, old, suffix) for suffix in (".json", ".out", ".err")] + [runs + "/.swept"]:
@@ -247,7 +251,7 @@ def test_retries_do_not_repeat_what_may_have_run(fresh):
             asked.append(read_request(tls))
 
     peer = Peer(site["alpha"].port, fall_silent, context)
-    conf = site.control.put("/short.conf", "dispatcher_id = control\nread_timeout = 2\n")
+    conf = site.control.put("/short.conf", "dispatcher_id = control\nread_timeout = 30\n")
     status, shown = site.control.json("--config", conf, "run", "--retries", "3", "alpha", "hello")
     peer.close()
     assert (status, shown["results"][0]["state"]) == (1, "unknown")
@@ -281,7 +285,9 @@ def test_large_results_are_never_whole_in_the_agents_memory(solo):
     assert solo.control.run("run", "alpha", "hello").returncode == 0
     before = max(peak(pid) for pid in [host.process.pid, *host.children()])
     shown = []
-    thread = threading.Thread(target=lambda: shown.append(solo.control.json("run", "alpha", "noise")))
+    conf = solo.control.put("/patient.conf", "dispatcher_id = control\nread_timeout = 600\n")
+    words = ("--config", conf, "run", "alpha", "noise")
+    thread = threading.Thread(target=lambda: shown.append(solo.control.json(*words, timeout=600)))
     thread.start()
     highest = 0.0
     while thread.is_alive():
