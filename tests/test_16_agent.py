@@ -332,8 +332,15 @@ def test_two_hundred_runs_leave_no_process_descriptor_or_thread(site, host):
             len(os.listdir("/proc/%d/task" % front)),
         )  # fmt: skip
 
-    ask(site.control, host, "hello")
-    before = wait_until(lambda: len(host.children()) == 2 and sizes()[3] == 1 and sizes(), what="quiet")
+    reqid = ctrl_exec.new_id()
+    ask(site.control, host, "hello", reqid=reqid)
+    supervisor = host.record(reqid)["supervisor"]
+
+    def quiet():  # the front and who waits for the next request, not who served the last one
+        children = host.children()
+        return len(children) == 2 and supervisor not in children and sizes()[3] == 1 and sizes()
+
+    before = wait_until(quiet, what="quiet")
     connection = http.client.HTTPSConnection("127.0.0.1", host.port, context=context, timeout=60)
     for number in range(200):
         body = json.dumps({"script": "hello", "reqid": "soak-%d-%s" % (number, ctrl_exec.new_id())})
@@ -405,6 +412,14 @@ def test_a_reload_swaps_revocations_at_once_even_on_an_open_connection(site, hos
     assert host.events("revoked-cert")
 
 
+def is_free(port):
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+        return True
+    except OSError:
+        return False
+
+
 def test_a_reload_swaps_the_port_and_frees_the_old_one(site, host):
     old, host.port = host.port, support.free_port()
     try:
@@ -412,7 +427,7 @@ def test_a_reload_swaps_the_port_and_frees_the_old_one(site, host):
         assert "RESULT=ok" in host.reload()
         assert ping(site.control, host)[0] == 200
         host.front()
-        socket.create_server(("127.0.0.1", old)).close()
+        wait_until(lambda: is_free(old), what="the end of who was forked before the reload")
     finally:
         host.port = old
 
@@ -463,7 +478,7 @@ def test_a_run_that_is_under_way_survives_a_reload_and_is_answered(site, host, t
     assert "RESULT=ok" in host.reload()
     assert ask(site.control, host, "gate", str(gate))[1]["error"] == "script not permitted"
     gate.touch()
-    thread.join(30)
+    thread.join(60)
     assert answers[0][0] == 200 and answers[0][1]["stdout"] == "through\n"
 
 
@@ -481,6 +496,7 @@ def test_the_front_is_not_root_and_cannot_become_it_again(site, host):
 
 
 def test_the_front_holds_no_lock_and_no_key(site, host):
+    assert ping(site.control, host)[0] == 200  # it has gone through its start
     front = host.front()
     try:
         names = descriptors(front)
@@ -511,7 +527,7 @@ def test_when_the_executor_is_killed_the_front_goes_and_a_new_agent_can_start(fr
     solo.process.kill()
     solo.process.wait()
     wait_until(lambda: not os.path.exists("/proc/%d" % front), what="the front's end")
-    assert not solo.is_up()
+    wait_until(lambda: not solo.is_up(), what="the end of who was only just forked")
     solo.process.stdout.close()
     solo.start()
     assert ask(deployment.control, solo, "hello")[1]["stdout"] == "hello\n"
@@ -530,7 +546,8 @@ def test_sigterm_exits_zero_frees_the_port_and_leaves_jobs_running(fresh, tmp_pa
         sock.sendall(head + body)
         pid = wait_until(lambda: has_pid(solo, reqid), what="the run's process")
     assert solo.stop() == 0
-    assert solo.events("stop") and not solo.is_up()
+    assert solo.events("stop")
+    wait_until(lambda: not solo.is_up(), what="the end of who was only just forked")
     assert os.path.exists("/proc/%d" % pid) and not is_done(solo, reqid)
     gate.touch()
     wait_until(lambda: is_done(solo, reqid), what="the record's end")
@@ -546,7 +563,7 @@ def test_sigterm_lets_what_is_being_answered_end(fresh, tmp_path):
     solo.process.send_signal(signal.SIGTERM)
     wait_until(lambda: not solo.is_up(), what="the port's end")
     gate.touch()
-    thread.join(30)
+    thread.join(60)
     assert answers and answers[0][0] == 200 and answers[0][1]["stdout"] == "through\n"
     assert solo.stop() == 0
 
