@@ -4350,8 +4350,11 @@ def sweep_records(store: RunStore) -> None:
             if owner.is_dir(follow_symlinks=False):
                 paths = sorted((entry.path for entry in os.scandir(owner.path)), reverse=True)
                 for path in paths:  # .out and .err before the .json that tells their age
-                    if _age(path) > store.retention and not is_claimed(os.path.splitext(path)[0] + ".out"):
-                        os.unlink(path)
+                    try:
+                        if _age(path) > store.retention and not is_claimed(os.path.splitext(path)[0] + ".out"):
+                            os.unlink(path)
+                    except FileNotFoundError:  # another sweeps, too
+                        pass
     except (OSError, StorageError) as error:
         LOG.event("run-store-fail", MESSAGE="sweep: %s" % error)
 
@@ -5282,10 +5285,19 @@ def _is_hung_up(channel: socket.socket) -> bool:
 def _await_run(channel: socket.socket, store: RunStore, record: RunRecord, seconds: float) -> RunRecord:
     """A run of another supervisor, once it has ended, `seconds` are over, or nobody waits any more."""
     deadline = Deadline(seconds)
-    if record.status != "done" and seconds > 0:
-        wait_for_end(store, record.owner, record.reqid, lambda: deadline.is_over() or _is_hung_up(channel))
-        record = find_record(store, record.owner, record.reqid) or record
-    return settle_run(store, record)
+
+    def is_over() -> bool:
+        return deadline.is_over() or _is_hung_up(channel)
+
+    record = settle_run(store, record)
+    while record.status != "done" and not is_over():
+        time.sleep(0.01)  # a claim that is free and not to be had is one that somebody only looks at
+        wait_for_end(store, record.owner, record.reqid, is_over)
+        latest = find_record(store, record.owner, record.reqid)
+        if latest is None:  # it was swept
+            break
+        record = settle_run(store, latest)
+    return record
 
 
 def _follow_run(channel: socket.socket, store: RunStore, record: RunRecord, offsets: dict) -> None:
@@ -5304,8 +5316,8 @@ def _follow_run(channel: socket.socket, store: RunStore, record: RunRecord, offs
         else:
             poller.register(channel.fileno(), select.POLLRDHUP)
             poller.poll(FOLLOW_SECONDS * 1000)
-    record = settle_run(store, find_record(store, record.owner, record.reqid) or record)
-    window.finish(record)
+    record = find_record(store, record.owner, record.reqid) or record
+    window.finish(_await_run(channel, store, record, KILL_GRACE_SECONDS + 10))
     channel.close()
 
 

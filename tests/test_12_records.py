@@ -1,8 +1,11 @@
 """What an agent keeps of a run, and how it is shown while it grows."""
 
+import fcntl
 import json
 import os
+import signal
 import socket
+import threading
 import time
 
 import ctrl_exec
@@ -152,6 +155,38 @@ def test_a_name_that_is_a_path_is_no_run(store):
             ctrl_exec.claim_run(store, owner, reqid)
 
 
+# --- the end of a run that nobody watches ---------------------------------------------------------------
+
+
+@pytest.fixture
+def seen_for_a_moment(store):
+    """A run whose process was killed, and whose claim somebody looks at until a second has gone by."""
+    put(store, "r", status="running")
+    look = os.open(ctrl_exec.record_path(store, "me", "r", ".out"), os.O_RDONLY)
+    fcntl.flock(look, fcntl.LOCK_SH)
+    timer = threading.Timer(1, os.close, (look,))
+    timer.start()
+    before = signal.getsignal(signal.SIGALRM)
+    yield ctrl_exec.find_record(store, "me", "r")
+    signal.signal(signal.SIGALRM, before)
+    timer.join()
+
+
+def test_who_waits_for_a_run_is_told_its_end_though_another_looks_at_its_claim(store, seen_for_a_moment):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        record = ctrl_exec._await_run(theirs, store, seen_for_a_moment, 60)
+    assert (record.status, record.interrupted) == ("done", True)
+
+
+def test_who_follows_a_run_is_told_its_end_though_another_looks_at_its_claim(store, seen_for_a_moment):
+    ours, theirs = socket.socketpair()
+    ctrl_exec._follow_run(theirs, store, seen_for_a_moment, {"stdout": 0, "stderr": 0})
+    with ours, ours.makefile("rb") as file:
+        answer, *_, end = [json.loads(line) for line in file]
+    assert (answer["status"], end["status"], end["interrupted"]) == (200, "done", True)
+
+
 # --- keeping and forgetting -----------------------------------------------------------------------------
 
 
@@ -177,6 +212,26 @@ def test_output_is_kept_as_long_as_its_record(store):
         os.utime(os.path.join(directory, "old" + suffix), (then, then))
     ctrl_exec.sweep_records(store)
     assert sorted(os.listdir(directory)) == ["long.err", "long.json", "long.out"]
+
+
+def test_two_sweeps_at_once_do_not_stop_each_other(store, monkeypatch):
+    for reqid in ("old1", "old2"):
+        put(store, reqid)
+    directory = os.path.join(store.directory, "me")
+    for name in os.listdir(directory):
+        os.utime(os.path.join(directory, name), (1, 1))
+    scandir = os.scandir
+
+    def late(path):
+        entries = list(scandir(path))
+        if path == directory:  # the other has begun with the same files
+            os.unlink(os.path.join(directory, "old2.out"))
+            os.unlink(os.path.join(directory, "old2.json"))
+        return iter(entries)
+
+    monkeypatch.setattr(os, "scandir", late)
+    ctrl_exec.sweep_records(store)
+    assert os.listdir(directory) == []
 
 
 def test_a_sweep_is_due_once_in_a_twenty_fourth_of_the_time(tmp_path):
