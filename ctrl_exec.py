@@ -93,6 +93,7 @@ MAX_ANSWER = 160 * 1024 * 1024  # two streams of 10 MiB of the worst case: 6 byt
 MAX_LINE = 64 * 1024  # bytes of a streamed line that are held back until it ends
 MAX_STREAM = 2**40  # bytes of a streamed answer, which nobody holds
 MAX_STATE_FILE = 1024 * 1024  # any one of our own JSON files
+MAX_LOCK_TEXT = 1024  # what a lock says about its holder: a host, a script, a request and a time
 MAX_SIDECAR = 64 * 1024
 MAX_SUPERVISORS = 512  # runs at once on one agent; a front that runs wild costs this many processes, no more
 MAX_TAGS = 64  # of one host
@@ -115,6 +116,7 @@ KILL_GRACE_SECONDS = 5  # between TERM and KILL for a script past its time limit
 OUTPUT_GRACE_SECONDS = 0.5  # after a script's exit: what its background children may still write
 BEAT_SECONDS = 15  # between two signs of life on a silent stream: both ends notice a peer that has gone
 FOLLOW_SECONDS = 0.1  # how often a follower looks for new output of a run that another process writes
+LOOK_SECONDS = 5  # looking at a lock takes a moment; a process that looks for this long holds it
 CLOCK_SECONDS = 60  # between two notes of the same dispatcher's clock: each costs a process
 MAX_RESULT_WAIT = 300  # one long poll; a caller that wants to wait longer asks again
 OPENSSL_SECONDS = 60  # RSA keys on a small board take 20
@@ -614,15 +616,20 @@ def read_text(path: str, limit: int = MAX_STATE_FILE) -> str:
         raise StorageError("%s: not UTF-8 at byte %d" % (path, error.start)) from error
 
 
-def read_json_file(path: str) -> dict:
-    """A JSON object of ours. Raises StorageError naming the file when it is cut short or not an object."""
+def parse_object(text: str, path: str) -> dict:
+    """The JSON object that a file of ours consists of. Raises StorageError naming the file."""
     try:
-        value = json.loads(read_text(path))
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise StorageError("%s: not JSON (%s)" % (path, error)) from error
     if not isinstance(value, dict):
         raise StorageError("%s: not a JSON object" % path)
     return value
+
+
+def read_json_file(path: str) -> dict:
+    """A JSON object of ours. Raises StorageError naming the file when it is cut short or not an object."""
+    return parse_object(read_text(path), path)
 
 
 def _sync_directory(directory: str) -> None:
@@ -842,6 +849,32 @@ def is_current(descriptor: int, path: str) -> bool:
     return (named.st_dev, named.st_ino) == (held.st_dev, held.st_ino)
 
 
+def is_locked(descriptor: int) -> bool:
+    """Whether somebody holds the flock(2) of an open file. To look is to share it for a moment, which keeps
+    nobody from it who asks with FileLock."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    return False
+
+
+def read_lock(path: str) -> Optional[str]:
+    """What the holder of a FileLock has written into it, or None when nobody holds it. Raises OSError."""
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW  # another user may have put anything there
+    try:
+        descriptor = os.open(path, flags | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        if not is_locked(descriptor):
+            return None
+        return os.pread(descriptor, MAX_LOCK_TEXT, 0).decode("utf-8", "replace")
+    finally:
+        os.close(descriptor)
+
+
 class FileLock:
     """An exclusive flock(2) on a file of its own. The kernel frees it when its holder dies.
 
@@ -857,15 +890,20 @@ class FileLock:
     def acquire(self, wait: bool = False) -> bool:
         """Take the lock; False when another holds it and `wait` is off. Raises StorageError."""
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        patience = Deadline(LOOK_SECONDS)
         while True:
             descriptor = self._open(flags)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except OSError as error:
+                is_held = is_locked(descriptor) or patience.is_over()
                 os.close(descriptor)
-                if error.errno in (errno.EAGAIN, errno.EACCES):
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise StorageError("cannot lock %s: %s" % (self.path, error.strerror)) from error
+                if is_held:
                     return False
-                raise StorageError("cannot lock %s: %s" % (self.path, error.strerror)) from error
+                time.sleep(0.005)  # somebody only looks at it
+                continue
             # A holder that released it meanwhile may have removed the file we opened: only the lock on
             # the file that the path names now is the lock.
             if is_current(descriptor, self.path):
@@ -910,7 +948,7 @@ class FileLock:
 
     def read(self) -> str:
         """What the last holder wrote."""
-        return os.pread(self._descriptor, 1024, 0).decode("utf-8", "replace")
+        return os.pread(self._descriptor, MAX_LOCK_TEXT, 0).decode("utf-8", "replace")
 
     def release(self) -> None:
         if self._descriptor < 0:
@@ -3340,7 +3378,7 @@ class Server:
 
     def serve(self, stop: int, is_over: Callable = lambda: True) -> None:
         """Accept until descriptor `stop` becomes readable and `is_over()` says so, or a listening socket has
-        come to its end."""
+        come to its end. From then on each connection is answered once at most."""
         threading.stack_size(512 * 1024)  # 256 threads with the default of 8 MiB frighten some limits
         poller = select.poll()
         by_descriptor = {listener.fileno(): listener for listener in self._listeners}
@@ -3355,6 +3393,7 @@ class Server:
                     serving = False
                 else:
                     self._accept_one(by_descriptor[descriptor])
+        self._draining = True
         for listener in self._listeners:
             listener.close()
 
@@ -3364,7 +3403,6 @@ class Server:
         A connection that was accepted and has not been served yet gets `grace` seconds for its first request.
         """
         deadline, newcomers = Deadline(seconds), Deadline(grace)
-        self._draining = True
         while True:
             with self._guard:
                 open_ones = list(self._connections)
@@ -4299,10 +4337,7 @@ def is_claimed(path: str) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except OSError:
-        return True
+        return is_locked(descriptor)
     finally:
         os.close(descriptor)
 
@@ -4350,8 +4385,9 @@ def sweep_records(store: RunStore) -> None:
             if owner.is_dir(follow_symlinks=False):
                 paths = sorted((entry.path for entry in os.scandir(owner.path)), reverse=True)
                 for path in paths:  # .out and .err before the .json that tells their age
+                    output = os.path.splitext(path)[0] + STREAMS["stdout"]
                     try:
-                        if _age(path) > store.retention and not is_claimed(os.path.splitext(path)[0] + ".out"):
+                        if _age(path) > store.retention and not is_claimed(output):
                             os.unlink(path)
                     except FileNotFoundError:  # another sweeps, too
                         pass
@@ -5003,10 +5039,11 @@ def recover_jobs(rules: JobRules) -> None:
             continue
         lock = FileLock(os.path.join(rules.locks_dir, name))
         try:
-            if lock.acquire():
+            # an empty one was given back: to take it could make a run that is about to start one too many
+            if os.path.getsize(lock.path) and lock.acquire():
                 _settle_holder(rules, lock)
-        except CtrlExecError as error:
-            LOG.event("run-store-fail", MESSAGE="recovery: %s" % error.message)
+        except (OSError, CtrlExecError) as error:
+            LOG.event("run-store-fail", MESSAGE="recovery: %s" % error)
         lock.release()
 
 
@@ -5554,10 +5591,18 @@ class Executor:
         self._orders, self._ordering = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._pending: set = set()  # signals to act on
 
+    def catch_signals(self) -> None:
+        """Keep for `run` what comes from now on: whoever finds a process that starts may send it SIGHUP."""
+        for end in (self._wake, self._signaled):
+            end.setblocking(False)
+        signal.set_wakeup_fd(self._signaled.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+            signal.signal(number, lambda caught, _: self._pending.add(caught))
+        signal.signal(signal.SIGINT, lambda *_: self._pending.add(signal.SIGTERM))
+
     def run(self) -> int:
         """Serve until SIGTERM or SIGINT; returns the exit status. Raises what the first load raises."""
         self._bundle = self._load(None)
-        self._catch_signals()
         import base64, codecs, grp, pwd, resource  # noqa: E401, F401 - once, and not in every child
         import gc
 
@@ -5569,14 +5614,6 @@ class Executor:
         while signal.SIGTERM not in self._pending:
             self._turn()
         return self._stop()
-
-    def _catch_signals(self) -> None:
-        for end in (self._wake, self._signaled):
-            end.setblocking(False)
-        signal.set_wakeup_fd(self._signaled.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
-            signal.signal(number, lambda caught, _: self._pending.add(caught))
-        signal.signal(signal.SIGINT, lambda *_: self._pending.add(signal.SIGTERM))
 
     def _turn(self) -> None:
         """Wait for a signal or a front's word, and act on it."""
@@ -5780,12 +5817,16 @@ class Executor:
         # is served from the new bundle, and whoever connects in between waits in the kernel's queue.
         for front in earlier:
             front.tell(b"drain")
-        deadline = Deadline(2)
+        deadline = Deadline(DRAIN_SECONDS)
         while any(front.accepts for front in earlier) and not deadline.is_over():
             for front in earlier:
                 if front.control and select.select([front.control], [], [], 0.01)[0]:
                     self._take_job(front)
             self._reap()
+        for front in earlier:
+            if front.accepts:  # it hangs: nobody may be served from the old bundle after this
+                LOG.event("bug", MESSAGE="a front did not stop accepting; it is killed")
+                os.kill(front.pid, signal.SIGKILL)
         self._start_front()
         for listener in previous.listeners:
             if listener not in kept:
@@ -6486,18 +6527,6 @@ def _supervise(bundle: Bundle, control: socket.socket, order: Callable) -> None:
 
 def serve_agent(config_path: str, root: str) -> int:
     """The agent: until SIGTERM. Raises ConfigError for whatever keeps it from starting."""
-    config = load_config("agent", config_path, root)
-    state = config.default_path(AGENT_VAR)
-    make_directory(state, 0o755)
-    lock = FileLock(os.path.join(state, "agent.lock"))
-    try:
-        os.chmod(lock.path, 0o600)  # who can open it can hold it: an older one may be open to all
-    except FileNotFoundError:
-        pass
-    if not lock.acquire():
-        raise ConfigError("an agent serves from %s already" % state, "give this one a --root of its own")
-    lock.write("%d\n" % os.getpid())
-    raise_descriptor_limit()
 
     def load(previous: Optional[Bundle]) -> Bundle:
         bundle = load_bundle(config_path, root, previous)
@@ -6508,8 +6537,22 @@ def serve_agent(config_path: str, root: str) -> int:
             )
         return bundle
 
+    executor = Executor(load, _run_front, _supervise, lambda bundle: recover_jobs(bundle.rules))
+    config = load_config("agent", config_path, root)
+    state = config.default_path(AGENT_VAR)
+    make_directory(state, 0o755)
+    lock = FileLock(os.path.join(state, "agent.lock"))
     try:
-        status = Executor(load, _run_front, _supervise, lambda bundle: recover_jobs(bundle.rules)).run()
+        os.chmod(lock.path, 0o600)  # who can open it can hold it: an older one may be open to all
+    except FileNotFoundError:
+        pass
+    if not lock.acquire():
+        raise ConfigError("an agent serves from %s already" % state, "give this one a --root of its own")
+    executor.catch_signals()
+    lock.write("%d\n" % os.getpid())
+    raise_descriptor_limit()
+    try:
+        status = executor.run()
     except TrustError as error:  # as final as a broken configuration: a restart will not mend it
         raise ConfigError(error.message, error.hint) from error
     LOG.event("stop")
@@ -6518,19 +6561,11 @@ def serve_agent(config_path: str, root: str) -> int:
 
 def find_agent_pid(config: Config) -> int:
     """The process id of the agent that serves from this configuration's state directory, or 0."""
-    path = os.path.join(config.default_path(AGENT_VAR), "agent.lock")
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        text = read_lock(os.path.join(config.default_path(AGENT_VAR), "agent.lock")) or ""
     except OSError:
         return 0
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return 0  # nobody holds it
-    except OSError:
-        text = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
-        return int(text) if re.fullmatch(r"[1-9][0-9]{0,9}", text) else 0
-    finally:
-        os.close(descriptor)
+    return int(text) if re.fullmatch(r"[1-9][0-9]{0,9}\n", text) else 0
 
 
 # --- checks ---------------------------------------------------------------------------------------------
@@ -7158,15 +7193,6 @@ def _lock_path(directory: str, host: str, script: str) -> str:
     return os.path.join(directory, _file_name("%s--%s" % (host, script)) + ".lock")
 
 
-def _acquire_again(lock: FileLock) -> bool:
-    """`list-locks` holds what it looks at for a moment: only what stays held is held."""
-    for _ in range(5):
-        time.sleep(0.01)
-        if lock.acquire():
-            return True
-    return False
-
-
 class HostLocks:
     """The locks of one script on several hosts: all of them or none; held until released, or we die."""
 
@@ -7197,7 +7223,7 @@ class HostLocks:
         conflicts = []
         for host in self._hosts:
             lock = FileLock(_lock_path(self._directory, host, self._script), transient=True, mode=0o660)
-            if lock.acquire() or _acquire_again(lock):
+            if lock.acquire():
                 holder = {"host": host, "script": self._script, "reqid": self._reqid}
                 lock.write(json.dumps(dict(holder, pid=os.getpid(), since=iso_time(now()))))
                 self._held.append(lock)
@@ -7224,17 +7250,16 @@ def list_locks(directory: str) -> list:
     held = []
     for file in files:
         path = os.path.join(directory, file)
-        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW  # another user may have put anything there
         try:
-            with open(path, "rb", opener=lambda name, _: os.open(name, flags | os.O_CLOEXEC)) as opened:
-                fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)  # nobody holds it: left behind by a kill
-        except BlockingIOError:
-            try:
-                held.append(read_json_file(path))
-            except (StorageError, FileNotFoundError):
-                held.append({"host": file[:-5].partition("--")[0], "script": file[:-5].partition("--")[2]})
-        except OSError:
+            text = read_lock(path)
+        except OSError:  # not a lock
             continue
+        if text is None:  # left behind by a kill
+            continue
+        try:
+            held.append(parse_object(text, path))
+        except StorageError:
+            held.append({"host": file[:-5].partition("--")[0], "script": file[:-5].partition("--")[2]})
     return held
 
 
@@ -7649,13 +7674,16 @@ def find_pairing_request(directory: str, reqid: str) -> Optional[PairingRequest]
 
 def _is_desk_open(directory: str, desk: str) -> bool:
     """Whether the pairing-mode that holds a request's connection still runs."""
-    lock = FileLock(_desk_path(directory, desk), transient=True)
-    if not os.path.exists(lock.path):
+    path = _desk_path(directory, desk)
+    try:
+        if read_lock(path) is not None:
+            return True
+        os.unlink(path)
+    except FileNotFoundError:
         return False
-    if lock.acquire():
-        lock.release()
-        return False
-    return True
+    except OSError:  # nothing may be removed because of that
+        return True
+    return False
 
 
 def load_pairing_requests(config: Config) -> tuple:
@@ -7683,11 +7711,9 @@ def load_pairing_requests(config: Config) -> tuple:
             continue
         if request is None or request.status != "pending":
             continue
-        if now() - request.received > config.pairing_timeout or not _is_desk_open(
-            config.pairing_dir, request.desk
-        ):
+        if not _is_desk_open(config.pairing_dir, request.desk):
             _remove_request(config.pairing_dir, request.reqid)
-        else:
+        elif now() - request.received <= config.pairing_timeout:  # its desk says that it is over
             waiting.append(request)
     return sorted(waiting, key=lambda request: request.received), problems
 

@@ -1,5 +1,6 @@
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import traceback
 import unicodedata
 
@@ -472,6 +474,47 @@ def test_a_transient_lock_excludes_while_others_remove_its_file(tmp_path):
     assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * workers
     assert counter.read_text() == str(workers * rounds)
     assert os.listdir(str(tmp_path)) == ["counter"]
+
+
+def look_at(path):
+    """Share a lock, as who looks whether it is held."""
+    descriptor = os.open(path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    return descriptor
+
+
+def test_who_looks_at_a_lock_for_a_moment_keeps_nobody_from_it(tmp_path):
+    path = tmp_path / "lock"
+    path.touch()
+    timer = threading.Timer(0.5, os.close, (look_at(path),))
+    timer.start()
+    lock = FileLock(str(path))
+    assert lock.acquire() is True
+    timer.join()
+    assert ctrl_exec.is_locked(os.open(path, os.O_RDONLY)) is True
+    lock.release()
+
+
+def test_who_looks_at_a_lock_for_ever_holds_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(ctrl_exec, "LOOK_SECONDS", 0.1)
+    path = tmp_path / "lock"
+    path.touch()
+    descriptor = look_at(path)
+    assert FileLock(str(path)).acquire() is False
+    os.close(descriptor)
+
+
+def test_a_lock_is_read_while_it_is_held_and_is_not_made_by_that(tmp_path):
+    path = tmp_path / "lock"
+    assert ctrl_exec.read_lock(str(path)) is None and os.listdir(tmp_path) == []
+    with FileLock(str(path)) as lock:
+        lock.write("pid 7" + " " * 5000)
+        assert ctrl_exec.read_lock(str(path)).startswith("pid 7")
+        assert len(ctrl_exec.read_lock(str(path))) <= 1024
+    assert ctrl_exec.read_lock(str(path)) is None
+    (tmp_path / "link").symlink_to(path)
+    with pytest.raises(OSError):
+        ctrl_exec.read_lock(str(tmp_path / "link"))
 
 
 def test_a_lock_says_who_holds_it(tmp_path):

@@ -412,6 +412,28 @@ def test_a_reload_swaps_revocations_at_once_even_on_an_open_connection(site, hos
     assert host.events("revoked-cert")
 
 
+def test_a_reload_ends_a_front_that_goes_on_with_the_old_bundle(fresh):
+    deployment = fresh("solo")
+    host = deployment["solo"]
+    old = host.front()
+    os.kill(old, signal.SIGSTOP)  # it accepts again as soon as it can
+    assert "RESULT=ok" in host.reload()
+    wait_until(lambda: ctrl_exec.find_process(old) is None, what="the end of the old front")
+    assert [line for line in host.events("bug") if "did not stop accepting" in line]
+    assert ping(deployment.control, host)[0] == 200
+
+
+def test_a_signal_that_comes_while_the_agent_starts_is_acted_on_and_ends_nothing(fresh):
+    deployment = fresh("solo", start=False)
+    host = deployment["solo"]
+    host.start(wait=False)
+    pid = wait_until(lambda: ctrl_exec.find_agent_pid(host.config), what="the agent's number in its lock")
+    os.kill(pid, signal.SIGHUP)
+    wait_until(lambda: host.events("reload"), what="the reload")
+    assert pid == host.process.pid and host.process.poll() is None
+    assert ping(deployment.control, host)[0] == 200
+
+
 def is_free(port):
     try:
         socket.create_server(("127.0.0.1", port)).close()

@@ -798,6 +798,22 @@ def test_a_killed_pairing_mode_leaves_nothing_to_approve(new_desk, tmp_path):
     support.wait_until(desk.is_closed, what="the end of the network process")
 
 
+def test_a_request_whose_time_is_over_is_its_desks_to_end(new_desk, tmp_path, monkeypatch):
+    desk = new_desk()
+    attempt = Attempt(new_host(tmp_path, "late"), desk.port)
+    request = desk.request("late")
+    path = os.path.join(desk.config.pairing_dir, request.reqid + ".json")
+    monkeypatch.setattr(ctrl_exec, "now", lambda: time.time() + 3600)
+    assert ctrl_exec.load_pairing_requests(desk.config) == ([], [])
+    assert os.path.exists(path)  # removed, it would not be said to have timed out
+    desk.process.kill()
+    desk.process.wait()
+    assert ctrl_exec.load_pairing_requests(desk.config) == ([], [])
+    left = os.listdir(desk.config.pairing_dir)
+    assert not os.path.exists(path) and [name for name in left if name.endswith(".desk")] == []
+    assert attempt.end() is not None
+
+
 def test_the_default_rate_limit_blocks_an_address_after_ten_connections(new_desk):
     desk = new_desk()
     context = support.client_context()

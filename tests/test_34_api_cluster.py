@@ -294,9 +294,10 @@ def test_a_server_that_is_killed_under_load_loses_no_run_and_none_runs_twice(clu
     assert json.loads(deployment.control.run("history", "--json").out)["ok"] is True
 
 
-def test_a_listener_goes_on_at_the_other_server(cluster):
+def test_a_listener_goes_on_at_the_other_server(cluster, tmp_path):
     _, (one, two) = cluster
-    reqid = one.run_script(["alpha"], "talk", **{"async": True}).json["reqid"]
+    gate = tmp_path / "gate"
+    reqid = one.run_script(["alpha"], "talk", str(gate), **{"async": True}).json["reqid"]
     with one.connect() as sock:
         send_http(sock, "GET", "/events/" + reqid)
         data = b""
@@ -304,6 +305,7 @@ def test_a_listener_goes_on_at_the_other_server(cluster):
             data += sock.recv(65536)
     first = parse_events(data[data.index(b"id: ") :].split(b"\r\n")[0])
     place = first[-1][0]
+    gate.touch()
     rest = parse_events(two.call("GET", "/events/" + reqid, Last_Event_ID=place).body)
     assert [data["data"] for _, kind, data in first + rest if kind == "output"] == ["one\n", "two\n"]
     assert rest[-1][1] == "complete"
