@@ -3950,7 +3950,9 @@ class AddressGate:
     def admit(self, address: str) -> bool:
         """Whether a connection from here is looked at."""
         if self._allowed and not self._is_allowed(address):
-            if self._put(self._told, address, None):
+            with self._guard:
+                is_new = self._put(self._told, address, None)
+            if is_new:
                 LOG.event("ip-block", PEER=address)
             return False
         key = _rate_key(address)
@@ -3966,8 +3968,9 @@ class AddressGate:
         """A trusted dispatcher has just proved itself from here."""
         key = _rate_key(address)
         if key not in self._trusted:
-            self._put(self._trusted, key, None)
-            self._blocked.pop(key, None)
+            with self._guard:
+                self._put(self._trusted, key, None)
+                self._blocked.pop(key, None)
 
     def count(self, address: str, kind: str) -> None:
         """A stranger's connection came to nothing; `kind` is `volume`, or `probe` for a bad handshake."""
@@ -3979,22 +3982,22 @@ class AddressGate:
             recent = [at for at in self._events.pop((kind, key), []) if at > moment - rate.window]
             recent.append(moment)
             over = len(recent) > rate.count if kind == "volume" else len(recent) >= rate.count
-            if over and self._blocked.get(key, 0) <= moment:
-                LOG.event("rate-block", PEER=address, KIND=kind, SECONDS=rate.block)
-            until = max(self._blocked.get(key, 0), moment + rate.block)
-        if over:
-            self._put(self._blocked, key, until)
-        else:
-            self._put(self._events, (kind, key), recent[-rate.count - 1 :])
+            blocked = self._blocked.get(key, 0)
+            if over:
+                self._put(self._blocked, key, max(blocked, moment + rate.block))
+            else:
+                self._put(self._events, (kind, key), recent[-rate.count - 1 :])
+        if over and blocked <= moment:
+            LOG.event("rate-block", PEER=address, KIND=kind, SECONDS=rate.block)
 
     def _put(self, table: dict, key: Any, value: Any) -> bool:
-        """Put an entry into a table, dropping the oldest when it is full; whether it is new."""
-        with self._guard:
-            new = key not in table
-            table[key] = value
-            if len(table) > self._bound:
-                del table[next(iter(table))]
-            return new
+        """With the guard held: put an entry into a table, dropping the oldest when it is full; whether it is
+        new."""
+        new = key not in table
+        table[key] = value
+        if len(table) > self._bound:
+            del table[next(iter(table))]
+        return new
 
     def _is_allowed(self, address: str) -> bool:
         import ipaddress
@@ -4352,6 +4355,7 @@ def wait_for_end(store: RunStore, owner: str, reqid: str, is_over: Callable) -> 
 
     def look(*_: object) -> None:
         if is_over():
+            signal.setitimer(signal.ITIMER_REAL, 0)  # here: it may come when the wait has just ended
             raise _Enough
 
     try:
@@ -4837,6 +4841,10 @@ class _Watch:
         signal.set_wakeup_fd(-1)
         if self._stdin_open:
             self._close_stdin()
+        for descriptor in list(self._sinks):
+            self._take(
+                descriptor
+            )  # the grace is for others: what the script wrote is taken, late as we may be
         for descriptor in (*self._sinks, wake, signaled):
             os.close(descriptor)
 
@@ -7505,11 +7513,11 @@ class PairingFront:
     def _wait_for_decision(self, peer: Peer, waiting: PairingRequest) -> dict:
         """Hand the request to the desk and wait. Raises ConnectionError when the agent goes away."""
         ours, theirs = socket.socketpair()
-        with theirs:
-            socket.send_fds(self._control, [b"pair"], [theirs.fileno()])
         with ours:
-            data = encode_json(waiting._asdict())
-            ours.sendall(len(data).to_bytes(4, "big") + data)
+            with theirs:
+                data = encode_json(waiting._asdict())
+                ours.sendall(len(data).to_bytes(4, "big") + data)  # first: the desk does not wait for it
+                socket.send_fds(self._control, [b"pair"], [theirs.fileno()])
             poller = select.poll()
             poller.register(ours.fileno(), select.POLLIN)
             poller.register(peer.sock.fileno(), select.POLLRDHUP)
@@ -8220,22 +8228,35 @@ def write_pairing_state(config: Config, state: PairingState) -> None:
     write_atomic(os.path.join(directory, state.reqid + ".json"), encode_state(state._asdict()), mode=0o600)
 
 
+def _load_pairing_state(path: str) -> PairingState:
+    """One request as it is. Raises FileNotFoundError, StorageError, TypeError."""
+    state = PairingState(**read_json_file(path))
+    if state.status == "waiting" and state.pid and not os.path.exists("/proc/%d" % state.pid):
+        state = PairingState(**read_json_file(path))  # what it said last, after we had read it
+        if state.status == "waiting":
+            state = state._replace(status="timed out", reason="its process has ended")
+    return state
+
+
 def load_pairing_states(config: Config) -> list:
     """The pairing requests this host has made, newest first."""
     directory = config.default_path(AGENT_VAR + "/pairing")
-    if not os.path.isdir(directory):
+    try:
+        names = [name for name in os.listdir(directory) if name.endswith(".json") and name[0] != "."]
+    except FileNotFoundError:
         return []
-    states = []
-    for entry in sorted(os.scandir(directory), key=lambda entry: -entry.stat().st_mtime):
-        if entry.name.endswith(".json") and not entry.name.startswith("."):
-            try:
-                state = PairingState(**read_json_file(entry.path))
-                if state.status == "waiting" and state.pid and not os.path.exists("/proc/%d" % state.pid):
-                    state = state._replace(status="timed out", reason="its process has ended")
-                states.append(state)
-            except (StorageError, TypeError) as error:
-                LOG.event("config-warn", MESSAGE="%s: %s" % (entry.path, error))
-    return states
+    except OSError as error:
+        raise StorageError("cannot read %s: %s" % (directory, error.strerror), "run this as root") from error
+    dated = []
+    for name in names:
+        path = os.path.join(directory, name)
+        try:
+            dated.append((os.stat(path).st_mtime, _load_pairing_state(path)))
+        except FileNotFoundError:  # removed meanwhile
+            pass
+        except (StorageError, TypeError) as error:
+            LOG.event("config-warn", MESSAGE="%s: %s" % (path, error))
+    return [state for _, state in sorted(dated, key=lambda pair: pair[0], reverse=True)]
 
 
 # ======================================================================================================

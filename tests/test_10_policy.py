@@ -593,6 +593,31 @@ def test_three_bad_handshakes_block_for_an_hour(clock, lines):
     assert lines == [("rate-block", {"PEER": "192.0.2.1", "KIND": "probe", "SECONDS": 3600})]
 
 
+class Interrupted:
+    """A guard after whose first release something else is done at once, as if by another thread."""
+
+    def __init__(self, between):
+        self.between = between
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, *_):
+        between, self.between = self.between, None
+        if between is not None:
+            between()
+
+
+def test_failures_at_the_same_time_are_all_counted(clock, lines):
+    gate = make_gate()
+    for _ in range(6):
+        assert gate.admit("192.0.2.1")
+        gate._guard = Interrupted(lambda: gate.count("192.0.2.1", "volume"))
+        gate.count("192.0.2.1", "volume")
+    assert not gate.admit("192.0.2.1")  # twelve within a minute
+    assert len(lines) == 1
+
+
 def test_a_block_is_logged_once_and_a_shorter_one_does_not_cut_it(clock, lines):
     gate = make_gate()
     for _ in range(3):

@@ -298,6 +298,32 @@ def test_a_script_may_tidy_up_on_term_and_has_still_timed_out(site):
     assert "signal" not in answer and not is_alive(int(pid))
 
 
+def test_what_a_script_wrote_is_kept_however_late_its_end_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(ctrl_exec, "OUTPUT_GRACE_SECONDS", 0)
+    words = ["/bin/sh", "-c", "echo out; echo err >&2"]
+    pipe = subprocess.PIPE
+    child = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe)
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    ends = (child.stdin, child.stdout, child.stderr)
+    started = ctrl_exec._Started(child.pid, *(os.dup(end.fileno()) for end in ends))
+    spools = tuple(
+        ctrl_exec._Spool(os.open(tmp_path / name, os.O_WRONLY | os.O_CREAT), 1000) for name in ("out", "err")
+    )
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGCHLD, signal.SIGUSR1)}
+    try:
+        watch = ctrl_exec._Watch(started, b"", spools, 60, 0, None)
+        watch.run()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+        child.communicate()
+        for spool in spools:
+            spool.close()
+    assert watch.wait_status == 0
+    assert [(tmp_path / name).read_text() for name in ("out", "err")] == ["out\n", "err\n"]
+
+
 def test_children_of_a_script_that_timed_out_end_with_it(site):
     result = site.overtime("quick-exit", 1)
     assert result["signal"] == "SIGTERM"
@@ -820,7 +846,9 @@ def test_a_sweep_never_takes_the_record_of_a_run_that_goes_on(site, tmp_path, mo
         if os.path.exists(marker):
             os.utime(marker, (moment - 1000 * 3600,) * 2)
         ctrl_exec.sweep_records(rules.store)
-        left = sorted(name for name in os.listdir(os.path.join(rules.store.directory, "control")) if reqid in name)
+        left = sorted(
+            name for name in os.listdir(os.path.join(rules.store.directory, "control")) if reqid in name
+        )
     finally:
         gate.touch()
         status, answer = asked.wait()

@@ -15,6 +15,7 @@ import stat
 import subprocess
 import threading
 import time
+import types
 
 import ctrl_exec
 import pytest
@@ -812,6 +813,41 @@ def test_a_request_whose_time_is_over_is_its_desks_to_end(new_desk, tmp_path, mo
     left = os.listdir(desk.config.pairing_dir)
     assert not os.path.exists(path) and [name for name in left if name.endswith(".desk")] == []
     assert attempt.end() is not None
+
+
+def test_the_desk_is_given_a_request_only_when_all_of_it_is_there(monkeypatch):
+    """It reads what it is given at once, and all that it does waits for that."""
+    given = []
+
+    def look(_, words, descriptors):
+        os.set_blocking(descriptors[0], False)
+        given.append((words, os.read(descriptors[0], 65536)))
+        raise ConnectionError("enough")
+
+    monkeypatch.setattr(socket, "send_fds", look)
+    front = ctrl_exec.PairingFront(None, None, None, None)
+    with pytest.raises(ConnectionError, match="enough"):
+        front._wait_for_decision(None, types.SimpleNamespace(_asdict=lambda: {"reqid": "r"}))
+    body = ctrl_exec.encode_json({"reqid": "r"})
+    assert given == [([b"pair"], len(body).to_bytes(4, "big") + body)]
+
+
+def test_a_request_that_ends_while_its_state_is_looked_at_has_not_timed_out(tmp_path, monkeypatch):
+    host = new_host(tmp_path, "shown")
+    directory = host.file(ctrl_exec.AGENT_VAR + "/pairing")
+    os.makedirs(directory)
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    state = ctrl_exec.PairingState("feed", "control", "123456", "waiting", pid=gone.pid)
+    for name in ("feed.json", ".tmp-beef.json"):
+        ctrl_exec.write_atomic(
+            os.path.join(directory, name), ctrl_exec.encode_state(state._asdict()), mode=0o600
+        )
+    os.symlink("nowhere", os.path.join(directory, "swept.json"))
+    assert [one.status for one in ctrl_exec.load_pairing_states(host.config)] == ["timed out"]
+    read = [state._asdict(), state._replace(status="stored")._asdict()]
+    monkeypatch.setattr(ctrl_exec, "read_json_file", lambda path: read.pop(0))
+    assert [one.status for one in ctrl_exec.load_pairing_states(host.config)] == ["stored"]
 
 
 def test_the_default_rate_limit_blocks_an_address_after_ten_connections(new_desk):
