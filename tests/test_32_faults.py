@@ -15,8 +15,8 @@ from support import wait_until
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system needs root")
 
 FLOODS = {  # after the file that $1 names is there
-    "zeros": "exec head -c 300000000 /dev/zero\n",
-    "one-line": "head -c 200000000 /dev/zero | tr '\\000' x\n",
+    "zeros": "exec head -c 10000000000 /dev/zero\n",
+    "one-line": "head -c 1000000000 /dev/zero | tr '\\000' x\n",
     "noise": "exec head -c 60000000 /dev/urandom\n",
     "noise-errors": "exec head -c 60000000 /dev/urandom >&2\n",
 }
@@ -222,7 +222,7 @@ def test_a_flood_is_kept_up_to_its_limit_and_counted_and_costs_little_memory(flo
             break
     answer = support.post(host.port, context, "/result/%s?wait=60" % reqid, b"", "GET")[1]
     stream = "stderr" if name.endswith("errors") else "stdout"
-    total = {"zeros": 300_000_000, "one-line": 200_000_000}.get(name, 60_000_000)
+    total = {"zeros": 10_000_000_000, "one-line": 1_000_000_000}.get(name, 60_000_000)
     assert (answer["exit"], answer[stream + "_truncated"]) == (0, total - KEPT)
     exact = answer.get(stream + "_base64")
     data = base64.b64decode(exact) if exact else answer[stream].encode()
