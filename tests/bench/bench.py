@@ -437,7 +437,10 @@ def wait_for_quiet(bench):
 
     def family():
         children = bench.host.children()
-        others = [other for pid in children for other in bench.host.children(pid)]
+        try:
+            others = [other for pid in children for other in bench.host.children(pid)]
+        except FileNotFoundError:  # one has just ended
+            return None
         return [executor, *children, *others] if (len(children), len(others)) == (2, 1) else None
 
     return bench.support.wait_until(family, what="the supervisors' end")
