@@ -6088,6 +6088,15 @@ def agent_identity(config: Config) -> Identity:
     return Identity(config.cert, config.key, config.ca)
 
 
+def get_agent_identity(config: Config) -> Identity:
+    """The identity of an agent that is paired. Raises ConfigError."""
+    identity = agent_identity(config)
+    if not os.path.exists(identity.cert):
+        hint = "pair this host first: cea request-pairing --dispatcher HOST"
+        raise ConfigError("%s: no such file: this host is not paired" % identity.cert, hint)
+    return identity
+
+
 def scripts_conf_path(config: Config) -> str:
     """scripts.conf lies beside agent.conf."""
     return os.path.join(os.path.dirname(config.path), "scripts.conf")
@@ -6163,10 +6172,7 @@ def load_bundle(config_path: str, root: str, previous: Optional[Bundle]) -> Bund
             raise
         LOG.event("deny", REASON="everybody is refused: " + error.message)
         revoked = None
-    identity = agent_identity(config)
-    if not os.path.exists(identity.cert):
-        hint = "pair this host first: cea request-pairing --dispatcher HOST"
-        raise ConfigError("%s: no such file: this host is not paired" % identity.cert, hint)
+    identity = get_agent_identity(config)
     context = new_server_context(identity, verify_clients=True, group=AGENT_USER)
     _recognise_self_ping(context, config)
     info = OpenSSL().read_certificate(identity.cert)
@@ -6697,12 +6703,13 @@ def check_agent(config: Config) -> list:
 
 
 def ping_self(config: Config) -> CertInfo:
-    """Reach our own port and see that it shows our own certificate. Raises TransportError, TrustError.
+    """Reach our own port and see that it shows our own certificate. Raises ConfigError, TransportError,
+    TrustError.
 
     The handshake stops before its last message, so that the agent sees a connection that was closed, and
     not one that tried to get in without a certificate.
     """
-    info = OpenSSL().read_certificate(config.cert)
+    info = OpenSSL().read_certificate(get_agent_identity(config).cert)
     context = new_probe_context(config.ca)
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     try:
@@ -11167,8 +11174,7 @@ def cmd_edit_agent(args: Any, config: Config) -> int:
 def cmd_unpair(args: Any, config: Config) -> int:
     agent = unpair_agent(config, args.name)
     if list_serials(agent):
-        words = (agent.name, ", ".join(list_serials(agent)))
-        say("%s is unpaired; its certificate %s is refused from now on" % words)
+        say("%s is unpaired; refused from now on: %s" % (agent.name, ", ".join(list_serials(agent))))
     else:
         _warn("ced: the registry knows no serial of %s, so its certificate could not be revoked" % agent.name)
     say("it still trusts this dispatcher until its agent is stopped or removed there")

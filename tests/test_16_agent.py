@@ -657,6 +657,15 @@ def test_self_ping_fails_clearly_when_the_agent_is_down(fresh):
     assert "is the agent running?" in done.err
 
 
+def test_self_ping_of_a_host_that_is_not_paired_says_how_to_pair_it(fresh):
+    solo = fresh("solo", start=False)["solo"]
+    os.unlink(solo.config.cert)
+    for verb in ("self-ping", "serve"):
+        done = solo.run(verb)
+        assert done.returncode == 78 and done.out == ""
+        assert "this host is not paired" in done.err and "cea request-pairing --dispatcher" in done.err
+
+
 def test_self_ping_fails_clearly_when_something_else_has_the_port(fresh):
     solo = fresh("solo", start=False)["solo"]
     with socket.create_server(("127.0.0.1", solo.port)) as server:
