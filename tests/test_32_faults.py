@@ -14,11 +14,11 @@ from support import wait_until
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system needs root")
 
-FLOODS = {  # after the file that $1 names is there
-    "zeros": "exec head -c 10000000000 /dev/zero\n",
-    "one-line": "head -c 1000000000 /dev/zero | tr '\\000' x\n",
-    "noise": "exec head -c 60000000 /dev/urandom\n",
-    "noise-errors": "exec head -c 60000000 /dev/urandom >&2\n",
+FLOODS = {  # how many bytes, and the script that writes them
+    "zeros": (10_000_000_000, "exec head -c %d /dev/zero\n"),
+    "one-line": (1_000_000_000, "head -c %d /dev/zero | tr '\\000' x\n"),
+    "noise": (60_000_000, "exec head -c %d /dev/urandom\n"),
+    "noise-errors": (60_000_000, "exec head -c %d /dev/urandom >&2\n"),
 }
 GATE = 'while [ $# -gt 0 ] && [ ! -e "$1" ]; do sleep 0.02; done\n'
 KEPT = 100_000
@@ -200,8 +200,8 @@ def flooded(tmp_path_factory):
     with support.Deployment(tmp_path_factory.mktemp("floods"), ("solo",), start=False) as made:
         host = made["solo"]
         host.configure("max_output = %d\nrate_limit_disable = yes\n" % KEPT)
-        for name, body in FLOODS.items():
-            host.script(name, GATE + body)
+        for name, (size, body) in FLOODS.items():
+            host.script(name, GATE + body % size)
         host.start()
         yield made
 
@@ -222,8 +222,7 @@ def test_a_flood_is_kept_up_to_its_limit_and_counted_and_costs_little_memory(flo
             break
     answer = support.post(host.port, context, "/result/%s?wait=60" % reqid, b"", "GET")[1]
     stream = "stderr" if name.endswith("errors") else "stdout"
-    total = {"zeros": 10_000_000_000, "one-line": 1_000_000_000}.get(name, 60_000_000)
-    assert (answer["exit"], answer[stream + "_truncated"]) == (0, total - KEPT)
+    assert (answer["exit"], answer[stream + "_truncated"]) == (0, FLOODS[name][0] - KEPT)
     exact = answer.get(stream + "_base64")
     data = base64.b64decode(exact) if exact else answer[stream].encode()
     assert len(data) == KEPT
@@ -237,7 +236,7 @@ def test_a_streamed_flood_shows_what_was_kept_and_says_what_was_not(flooded):
     assert done.returncode == 0
     head, _, rest = done.out.partition("==> ")
     assert head.replace("\n", "") == "x" * KEPT
-    assert "%d bytes of stdout were dropped" % (200_000_000 - KEPT) in rest
+    assert "%d bytes of stdout were dropped" % (FLOODS["one-line"][0] - KEPT) in rest
 
 
 # --- many -----------------------------------------------------------------------------------------------
