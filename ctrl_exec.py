@@ -4841,10 +4841,8 @@ class _Watch:
         signal.set_wakeup_fd(-1)
         if self._stdin_open:
             self._close_stdin()
-        for descriptor in list(self._sinks):
-            self._take(
-                descriptor
-            )  # the grace is for others: what the script wrote is taken, late as we may be
+        for descriptor in list(self._sinks):  # what the script wrote is taken, late as we may be
+            self._take(descriptor)
         for descriptor in (*self._sinks, wake, signaled):
             os.close(descriptor)
 
