@@ -2004,6 +2004,8 @@ class OpenSSL:
 
     def sign(self, request: str, name: str, profile: str, days: int, ca_cert: str, ca_key: str) -> str:
         """A certificate for the key in `request`, as PEM: its name and extensions come from here alone."""
+        if not os.path.exists(ca_key):
+            raise TrustError("%s: no such file" % ca_key, "do this on the host that has the CA's key")
         days_left = int((self.read_certificate(ca_cert).not_after - now()) // 86400)
         if days_left < 1:
             raise TrustError("%s: the CA certificate has expired" % ca_cert)
@@ -2685,14 +2687,19 @@ def is_refusal(error: ssl.SSLError) -> bool:
     return bool(_CERTIFICATE_ALERTS.fullmatch(error.reason or ""))
 
 
+def is_hang_up(error: ssl.SSLError) -> bool:
+    """Whether the peer closed the connection, without a word, before TLS was done."""
+    return isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)) or "EOF" in (error.reason or "")
+
+
 def describe_tls_error(error: ssl.SSLError) -> str:
     """A TLS failure in words."""
     if isinstance(error, ssl.SSLCertVerificationError):
         clock = " (or a clock is wrong)" if error.verify_code in _DATE_ERRORS else ""
         return "its certificate is refused: %s%s" % (error.verify_message, clock)
-    reason = error.reason or ""
-    if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)) or "EOF" in reason:
+    if is_hang_up(error):
         return "it closed the connection during TLS"
+    reason = error.reason or ""
     return _ALERTS.get(reason) or render_reason(reason) or "TLS failed"
 
 
@@ -3670,6 +3677,9 @@ class _Truth:
             raise TransportError("%s: %s" % (self._name, error.message), "unknown") from error
 
 
+_BLOCKED_HINT = "perhaps it has blocked this address: its log says so, and SIGHUP clears that"
+
+
 class Connection:
     """One TLS connection to one host."""
 
@@ -3688,11 +3698,12 @@ class Connection:
         except ssl.SSLError as error:
             self.close()
             words = "TLS with %s failed: %s" % (self._name, describe_tls_error(error))
-            raise TransportError(words, is_refusal=is_refusal(error)) from error
+            hint = _BLOCKED_HINT if is_hang_up(error) else ""
+            raise TransportError(words, is_refusal=is_refusal(error), hint=hint) from error
         except OSError as error:
             self.close()
-            hint = "perhaps it has blocked this address: its log says so, and SIGHUP clears that"
-            raise TransportError("%s closed the connection during TLS" % self._name, hint=hint) from error
+            words = "%s closed the connection during TLS" % self._name
+            raise TransportError(words, hint=_BLOCKED_HINT) from error
         self._channel = Channel(self._tls)
         self.is_kept = False  # whether the other end takes another request after the last answer
 

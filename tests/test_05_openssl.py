@@ -265,6 +265,16 @@ def test_a_dispatcher_without_a_ca_is_told_to_make_one(tmp_path):
     assert not os.path.exists(control.config.key)
 
 
+def test_a_missing_ca_key_is_named_when_something_is_to_be_signed(tmp_path):
+    control = support.Control(str(tmp_path / "control"))
+    key = ctrl_exec.ca_key_path(control.config.ca)
+    os.rename(key, key + ".away")
+    for words in (("rotate-cert",), ("setup-ca", "--next")):
+        done = control.run(*words)
+        assert done.returncode == 1
+        assert "%s: no such file\n     do this on the host that has the CA's key\n" % key in done.err
+
+
 def test_a_missing_openssl_is_said_in_a_sentence(tmp_path):
     with pytest.raises(ProgramError) as caught:
         ctrl_exec.OpenSSL(str(tmp_path / "none")).new_key("ec")

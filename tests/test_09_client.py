@@ -288,6 +288,11 @@ def test_a_failure_has_its_state_and_its_words(outcome, name):
     assert "Error" not in entry["error"] and "_" not in entry["error"].replace(name, "")
 
 
+@pytest.mark.parametrize("name", ["closing-at-once", "closing-after-hello", "resetting-after-hello"])
+def test_who_closes_during_tls_may_have_blocked_us_and_it_says_so(fleet, name):
+    assert "during TLS (perhaps it has blocked this address: " in fleet.run("ping", name).out
+
+
 def test_answers_of_wrong_types_do_not_keep_other_hosts_from_being_shown(fleet):
     names = ["stdout-list", "stderr-null", "exit-text", "forbidding-oddly", "error-an-object"]
     done = fleet.run("run", *names, "good", "hello")
