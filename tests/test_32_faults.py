@@ -14,7 +14,7 @@ from support import wait_until
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system needs root")
 
-FLOODS = {  # how many bytes, and the script that writes them
+FLOODS = {  # how many bytes, and the script that writes them once the file that $1 names is there
     "zeros": (10_000_000_000, "exec head -c %d /dev/zero\n"),
     "one-line": (1_000_000_000, "head -c %d /dev/zero | tr '\\000' x\n"),
     "noise": (60_000_000, "exec head -c %d /dev/urandom\n"),
