@@ -73,6 +73,7 @@ ETC = "/etc/ctrl-exec"
 VAR = "/var/lib/ctrl-exec"
 AGENT_ETC = "/etc/ctrl-exec-agent"
 AGENT_VAR = "/var/lib/ctrl-exec-agent"
+AGENT_RUN = "/run/ctrl-exec-agent"  # in memory: records of runs that the disk has no room for
 ROOT_LOG = "/var/log/ctrl-exec.log"  # events, when --root moves every path
 
 DISPATCHER_USER = "ctrl-exec"  # what faces the network on the control host becomes this user
@@ -93,12 +94,20 @@ MAX_ANSWER = 160 * 1024 * 1024  # two streams of 10 MiB of the worst case: 6 byt
 MAX_LINE = 64 * 1024  # bytes of a streamed line that are held back until it ends
 MAX_STREAM = 2**40  # bytes of a streamed answer, which nobody holds
 MAX_STATE_FILE = 1024 * 1024  # any one of our own JSON files
+MAX_HOST_FILE = 16 * 1024 * 1024  # host words of one command; 100,000 names of the greatest length are more
 MAX_LOCK_TEXT = 1024  # what a lock says about its holder: a host, a script, a request and a time
 MAX_SIDECAR = 64 * 1024
+NO_ROOM_BYTES = (
+    64 * 1024
+)  # with less than this free, a disk is full: locks come and go, and a block with them
+NO_ROOM_INODES = 4
+LOW_DISK_BYTES = 32 * 2**20  # one run may write 20 MiB; a check warns of less
+LOW_DISK_INODES = 200  # a run takes three
 MAX_SUPERVISORS = 512  # runs at once on one agent; a front that runs wild costs this many processes, no more
 MAX_TAGS = 64  # of one host
 MAX_PLACE = 200_000  # files of one directory that a check looks at; a day's runs of a busy agent are 100,000
 MAX_FAULTS = 10  # of one directory that a check names: a screen of them says what is wrong
+MAX_ADDRESSES = 64  # of dispatchers that an agent remembers
 MAX_OWN_SERIALS = 256  # that one dispatcher can have in an agent's lists; a rotation a month needs 12 a year
 MAX_NAME = 253  # a host name (RFC 1035 section 2.3.4 less the root)
 MAX_SCRIPT_NAME = 128  # a script name becomes part of file names, which end at 255 bytes
@@ -111,12 +120,14 @@ BODY_SECONDS = 30  # a whole request body: 1 MiB at 300 kbit/s
 WRITE_SECONDS = 60  # a client that takes nothing for this long is gone
 IDLE_SECONDS = 15  # a kept-alive connection between two requests
 LINGER_SECONDS = 2  # after a refusal: time for the peer to read it before the connection is reset
+RELOAD_SECONDS = 60  # for an agent to load its files and to replace its front, which may have to drain
 DRAIN_SECONDS = 10  # SIGTERM: what is being answered may end
 KILL_GRACE_SECONDS = 5  # between TERM and KILL for a script past its time limit
 OUTPUT_GRACE_SECONDS = 0.5  # after a script's exit: what its background children may still write
 BEAT_SECONDS = 15  # between two signs of life on a silent stream: both ends notice a peer that has gone
 FOLLOW_SECONDS = 0.1  # how often a follower looks for new output of a run that another process writes
 LOOK_SECONDS = 5  # looking at a lock takes a moment; a process that looks for this long holds it
+ADDRESS_SECONDS = 30 * 86400  # an address that no dispatcher has used for this long is a stranger's again
 CLOCK_SECONDS = 60  # between two notes of the same dispatcher's clock: each costs a process
 MAX_RESULT_WAIT = 300  # one long poll; a caller that wants to wait longer asks again
 OPENSSL_SECONDS = 60  # RSA keys on a small board take 20
@@ -426,6 +437,16 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u20
 _PLAIN_VALUE = re.compile(r"[A-Za-z0-9._:/@,+*-]+")
 
 
+def as_given(text: str) -> str:
+    """A word of the command line or the environment as the bytes that it was given as, read as UTF-8: Python
+    has read them in the encoding of the locale, and ISO 8859-1 would change them. What is not UTF-8 becomes
+    lone surrogates (PEP 383), which are refused where text is needed."""
+    try:
+        return os.fsencode(text).decode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # not from there
+        return text
+
+
 def printable(text: str) -> str:
     """Text that cannot move a cursor, change a title or reverse a line: controls become \\xNN."""
     return _CONTROL.sub(lambda hit: hit[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)
@@ -445,6 +466,14 @@ def format_event(action: str, fields: dict) -> str:
             value = value[:1000] + "..."
         words.append("%s=%s" % (key, value if _PLAIN_VALUE.fullmatch(value) else json.dumps(value)))
     return " ".join(words)
+
+
+class Finding(NamedTuple):
+    """One line of a check: OK, WARN or FAIL, what was looked at, and what to do about it."""
+
+    level: str
+    what: str
+    hint: str = ""
 
 
 class Owner(NamedTuple):
@@ -522,14 +551,6 @@ class EventLog:
 LOG = EventLog()
 
 
-class Finding(NamedTuple):
-    """One line of a check: OK, WARN or FAIL, what was looked at, and what to do about it."""
-
-    level: str
-    what: str
-    hint: str = ""
-
-
 def try_check(findings: list, what: str, check: Callable, hint: str = "") -> Any:
     """Add how one check went to `findings`, and return its result, or None when it failed. `hint` is for an
     error that has none of its own."""
@@ -566,6 +587,16 @@ def tell_systemd(state: str) -> None:
 # --- files ----------------------------------------------------------------------------------------------
 
 
+def is_ip_address(text: str) -> bool:
+    """Whether it is an IPv4 or IPv6 address, with a zone or without."""
+    family = socket.AF_INET6 if ":" in text else socket.AF_INET
+    try:
+        socket.inet_pton(family, text.partition("%")[0])
+    except (OSError, ValueError):  # ValueError: a NUL in it
+        return False
+    return "%" not in text or bool(re.fullmatch("[^%]+%[A-Za-z0-9._-]{1,15}", text))
+
+
 def find_user(name: str) -> Optional[Owner]:
     """The ids of a user of this machine."""
     import pwd
@@ -594,6 +625,42 @@ def become_user(user: str) -> None:
     os.setgroups([])
     os.setresgid(owner.gid, owner.gid, owner.gid)
     os.setresuid(owner.uid, owner.uid, owner.uid)
+
+
+def check_user_change(user: str) -> None:
+    """Try, in a child, whether root may become `user` here, as what faces the network will: a container may
+    have root's number without root's rights (capabilities(7), CAP_SETUID). Raises ConfigError."""
+    if os.geteuid() != 0:
+        return
+    pid = os.fork()
+    if pid == 0:
+        try:
+            become_user(user)
+            os._exit(0)
+        except BaseException as error:
+            os._exit(min(255, getattr(error, "errno", None) or 1))
+    status = os.WEXITSTATUS(os.waitpid(pid, 0)[1])
+    if status:
+        message = "root cannot become the user %s here: %s" % (user, os.strerror(status))
+        hint = "give it CAP_SETUID and CAP_SETGID, and a mapping of users; or start it as an ordinary user"
+        raise ConfigError(message, hint)
+
+
+def find_disk_fault(path: str) -> str:
+    """Why root could write nothing below a directory, as its file system tells; empty when it could."""
+    while not os.path.isdir(path) and path != "/":
+        path = os.path.dirname(path)
+    try:
+        disk = os.statvfs(path)
+    except OSError as error:
+        return error.strerror
+    if disk.f_flag & os.ST_RDONLY:
+        return os.strerror(errno.EROFS)
+    if disk.f_blocks and disk.f_bfree * disk.f_frsize < NO_ROOM_BYTES:
+        return os.strerror(errno.ENOSPC)
+    if disk.f_files and disk.f_ffree < NO_ROOM_INODES:
+        return "%s (no inode is free)" % os.strerror(errno.ENOSPC)
+    return ""
 
 
 def read_file(path: str, limit: int = MAX_STATE_FILE) -> bytes:
@@ -695,6 +762,32 @@ def write_atomic(
         raise StorageError("cannot write %s: %s" % (path, error.strerror)) from error
 
 
+def check_room(directory: str) -> list:
+    """Whether we can write into a directory, by trying, and whether that will last: Findings."""
+    if not os.path.isdir(directory):
+        return []
+    probe = os.path.join(directory, ".tmp-" + new_id())
+    try:
+        write_atomic(probe, bytes(8192), mode=0o600, durable=True)
+        os.unlink(probe)
+        if find_disk_fault(directory):
+            raise StorageError("it has no room left")
+    except (StorageError, OSError) as error:
+        cause = error.__cause__ if isinstance(error, StorageError) else error
+        reason = find_disk_fault(directory) or getattr(cause, "strerror", "") or str(error)
+        if getattr(cause, "errno", 0) in (errno.EACCES, errno.EPERM) and os.geteuid() != 0:
+            what = "cannot try to write in %s: %s" % (directory, reason)
+            return [Finding("WARN", what, "run this as root")]
+        what = "cannot write in %s: %s" % (directory, reason)
+        return [Finding("FAIL", what, "make room, or mend the disk")]
+    disk = os.statvfs(directory)
+    free, inodes = disk.f_bavail * disk.f_frsize, disk.f_favail
+    if free < LOW_DISK_BYTES or (disk.f_files and inodes < LOW_DISK_INODES):
+        what = "%s: only %d MiB and %d inodes are free" % (directory, free // 2**20, inodes)
+        return [Finding("WARN", what, "make room")]
+    return [Finding("OK", "room in %s" % directory)]
+
+
 def remove_temporaries(directory: str) -> None:
     """Remove what `write_atomic` left there when it was killed: it may be a key. Never raises."""
     try:
@@ -762,6 +855,43 @@ def check_modes(path: str, service: Optional[Owner] = None) -> None:
         target = os.readlink(part)
         rest[:0] = [name for name in target.split("/") if name]
         part = "/" if target.startswith("/") else os.path.dirname(part)
+
+
+def _find_interpreter_fault(line: bytes) -> str:
+    """What is wrong with the first line of a script, without its `#!` (execve(2)); empty when nothing is."""
+    words = line.decode("utf-8", "replace").split()
+    if line.endswith(b"\r"):
+        return "its first line ends in a carriage return: save it with line ends of Unix"
+    if not words:
+        return "its first line names no interpreter"
+    if not os.access(words[0], os.X_OK):
+        return "the interpreter of its first line does not exist here: %s" % one_line(words[0])
+    if os.path.basename(words[0]) == "env" and len(words) == 2:
+        import shutil
+
+        if shutil.which(words[1], path=SAFE_PATH) is None:
+            return "the interpreter of its first line is not in %s: %s" % (SAFE_PATH, one_line(words[1]))
+    return ""
+
+
+def check_runnable(path: str) -> None:
+    """Raise ValueError for a file that the kernel would not execute, as far as its mode and its first line
+    tell. What we may not read, we do not judge."""
+    if not os.access(path, os.X_OK):
+        raise ValueError("not executable: " + _command("chmod +x", path))
+    try:
+        with open(path, "rb") as file:
+            head = file.read(256)  # as much as the kernel looks at
+    except OSError:
+        return
+    if head.startswith(b"#!"):
+        fault = _find_interpreter_fault(head[2:].split(b"\n")[0])
+    elif head.startswith(b"\x7fELF") or os.path.exists("/proc/sys/fs/binfmt_misc/status"):
+        fault = ""  # with binfmt_misc, other kinds of file may be executable here
+    else:
+        fault = "it is no program, and no #! is in its first line"
+    if fault:
+        raise ValueError(fault)
 
 
 class Place(NamedTuple):
@@ -927,6 +1057,9 @@ class FileLock:
                 descriptor = os.open(self.path, flags, self._mode)
                 break
             except OSError as error:
+                if error.errno == errno.EROFS and os.path.exists(self.path):
+                    flags = flags & ~(os.O_RDWR | os.O_CREAT) | os.O_RDONLY  # it can be locked all the same
+                    continue
                 if error.errno != errno.EACCES or not pause:
                     message = "cannot open the lock %s: %s" % (self.path, error.strerror)
                     raise StorageError(message) from error
@@ -946,9 +1079,10 @@ class FileLock:
 
     def write(self, text: str) -> None:
         """Say in the file who holds it; for people, never for deciding."""
+        data = text.encode("utf-8")
         try:
-            os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, text.encode("utf-8"), 0)
+            os.pwrite(self._descriptor, data, 0)  # first: a full disk has room where the last text was
+            os.ftruncate(self._descriptor, len(data))
         except OSError as error:
             raise StorageError("cannot write the lock %s: %s" % (self.path, error.strerror)) from error
 
@@ -973,6 +1107,68 @@ class FileLock:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+# --- a service that others signal -----------------------------------------------------------------------
+
+
+class Serving(NamedTuple):
+    """A service that runs, as it has written into the lock that it holds."""
+
+    pid: int
+    begun: int  # reloads
+    ended: int
+    error: str  # of the last reload
+
+
+def note_serving(lock: FileLock, begun: int, ended: int, error: str) -> None:
+    """Write into our lock who serves, and how reloads went. A disk that cannot be written costs only that."""
+    shown = one_line(error).encode("utf-8", "replace")[: MAX_LOCK_TEXT // 2].decode("utf-8", "ignore")
+    try:
+        lock.write("%d\n%d %d %s\n" % (os.getpid(), begun, ended, shown))
+    except StorageError as problem:
+        LOG.event("config-warn", MESSAGE=problem.message)
+
+
+def find_serving(path: str) -> Optional[Serving]:
+    """The service that holds a lock, if there is one. Older releases wrote the process id only."""
+    try:
+        text, owner = read_lock(path) or "", os.stat(path).st_uid
+        hit = re.fullmatch(r"([1-9][0-9]{0,9})\n(?:([0-9]{1,9}) ([0-9]{1,9}) (.*)\n)?", text)
+        # who can write the lock is not to choose any process for root to signal
+        if hit is None or os.stat("/proc/" + hit[1]).st_uid != owner:
+            return None
+    except OSError:
+        return None
+    return Serving(int(hit[1]), int(hit[2] or 0), int(hit[3] or 0), hit[4] or "")
+
+
+def reload_service(path: str, what: str, hint: str) -> int:
+    """Have the service that holds a lock load its files anew, and wait for the outcome; returns its pid.
+
+    Raises NotFound when there is none, ConfigError when it keeps what it had, Unavailable when it says
+    nothing.
+    """
+    serving = find_serving(path)
+    if serving is None:
+        raise NotFound("no %s serves here: nobody holds %s" % (what, path), hint)
+    try:
+        os.kill(serving.pid, signal.SIGHUP)
+    except OSError as error:
+        message = "cannot signal the %s (process %d): %s" % (what, serving.pid, error.strerror)
+        raise Unavailable(message, "run this as root") from error
+    deadline = Deadline(RELOAD_SECONDS)
+    while not deadline.is_over():
+        latest = find_serving(path)
+        if latest is None or latest.pid != serving.pid:
+            raise Unavailable("the %s (process %d) has ended" % (what, serving.pid), "its log says why")
+        if latest.ended > serving.begun:  # one that began after our signal
+            if latest.error:
+                raise ConfigError("the %s keeps its old configuration: %s" % (what, latest.error))
+            return latest.pid
+        time.sleep(0.02)
+    message = "the %s (process %d) does not say that it has reloaded" % (what, serving.pid)
+    raise Unavailable(message, "its log says more")
 
 
 def receive_socket(control: socket.socket) -> tuple:
@@ -1007,31 +1203,64 @@ def send_pieces(channel: socket.socket, pieces: Iterable) -> None:
 
 def close_descriptors(keep: Iterable) -> None:
     """Close every descriptor but standard ones and those to keep: a child starts with what it needs."""
-    kept = {0, 1, 2, *keep}
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) not in kept:
-            try:
-                os.close(int(name))
-            except OSError:  # the one listdir had open
-                pass
+    kept = sorted({0, 1, 2, *keep})
+    try:
+        names = os.listdir("/proc/self/fd")
+    except OSError:  # there is no /proc: all numbers that a descriptor can have
+        for low, high in zip(kept, [*kept[1:], os.sysconf("SC_OPEN_MAX")]):
+            os.closerange(low + 1, high)
+        return
+    for number in {int(name) for name in names}.difference(kept):
+        try:
+            os.close(number)
+        except OSError:  # the one listdir had open
+            pass
 
 
 def raise_descriptor_limit() -> int:
-    """Lift the soft limit of open files to the hard one, and return it."""
+    """Lift the soft limit of open files to the hard one; returns what the soft one was."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard
+    return soft
+
+
+def lower_descriptor_limit(soft: int) -> None:
+    """Set the soft limit of open files, which a program started by us gets as we were given it."""
+    import resource
+
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def reset_signals() -> None:
-    """Give a new process the signal handling it expects: Python ignores SIGPIPE, and children inherit it."""
+    """Give a new process the signal handling it expects. Python ignores SIGPIPE, who started us may have us
+    ignore others, and a program inherits what is ignored."""
     signal.set_wakeup_fd(-1)
-    for name in ("PIPE", "XFSZ", "TERM", "INT", "HUP", "CHLD", "USR1", "ALRM"):
-        signal.signal(signal.Signals["SIG" + name], signal.SIG_DFL)
+    for number in signal.valid_signals():
+        if signal.getsignal(number) is not signal.SIG_DFL:
+            try:
+                signal.signal(number, signal.SIG_DFL)
+            except OSError:  # SIGKILL, SIGSTOP
+                pass
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+
+def survive_hangup() -> None:
+    """Take no notice of SIGHUP, which is for the process that reloads, although `pkill -HUP -f` reaches all.
+    By a handler, because programs that we start would inherit SIG_IGN."""
+    signal.signal(signal.SIGHUP, lambda *_: None)
+
+
+def set_title(title: str) -> None:
+    """Name this process for `ps -o comm` and /proc: at most 15 characters (PR_SET_NAME of prctl(2))."""
+    try:
+        with open("/proc/self/comm", "wb", buffering=0) as file:
+            file.write(title.encode("ascii"))
+    except OSError:  # no /proc: only the name is missing
+        pass
 
 
 def is_sweep_due(directory: str, retention: float) -> bool:
@@ -1049,6 +1278,7 @@ class Process(NamedTuple):
 
     pid: int
     name: str
+    parent: int
     group: int
     session: int
     birth: str  # tells it from another process that got the same number later: ticks since boot, boot
@@ -1076,13 +1306,121 @@ def find_process(pid: int) -> Optional[Process]:
         return None
     name = printable(first.partition(b" (")[2].decode("utf-8", "replace"))
     birth = "%s@%s" % (fields[19].decode("ascii"), boot.decode("ascii"))
-    return Process(pid, name, int(fields[2]), int(fields[3]), birth)
+    return Process(pid, name, int(fields[1]), int(fields[2]), int(fields[3]), birth)
 
 
 def list_processes() -> list:
-    """All processes that run now."""
-    found = (find_process(int(name)) for name in os.listdir("/proc") if name.isdigit())
+    """All processes that run now; none where there is no /proc."""
+    try:
+        names = os.listdir("/proc")
+    except OSError:
+        return []
+    found = (find_process(int(name)) for name in names if name.isdigit())
     return [process for process in found if process is not None]
+
+
+# A control group for each run (cgroups(7), version 2), where the service manager has given the agent one of
+# its own: then nothing can fork faster than it is killed.
+
+
+# what processes of the agent are called: by `set_title`, before it, and by older releases
+_OWN_TITLES = ("cea", "ctrl-exec", "ctrl_exec", "launch", "python")
+
+
+def is_own_title(name: str) -> bool:
+    """Whether a process with this name may be one of ours."""
+    return name.startswith(_OWN_TITLES)
+
+
+def find_own_cgroup() -> str:
+    """The directory of the control group that holds us and nobody else, if we may divide it; else nothing."""
+    try:
+        with open("/proc/self/cgroup", encoding="utf-8", errors="replace") as file:
+            lines = [line.rstrip("\n").partition("::")[2] for line in file if line.startswith("0::")]
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
+            mounts = [line.split()[3:5] for line in file if " - cgroup2 " in line]
+        root, mount = mounts[0]
+        path = os.path.join(mount, os.path.relpath(lines[0], root))
+        with open(os.path.join(path, "cgroup.procs"), "rb") as file:
+            members = [find_process(int(word)) for word in file.read().split()]
+        # supervisors of an agent before us may go on in it
+        is_ours = all(one is None or is_own_title(one.name) for one in members)
+        is_whole = lines[0] == root or lines[0].startswith("/..")
+        return path if is_ours and not is_whole and os.access(path, os.W_OK) else ""
+    except (OSError, ValueError, IndexError):
+        return ""
+
+
+def enter_cgroup(path: str, pid: int) -> bool:
+    """Put a process, and what it will fork, into a control group of its own; whether that could be done."""
+    try:
+        os.mkdir(path, 0o755)
+        with open(os.path.join(path, "cgroup.procs"), "wb", buffering=0) as file:
+            file.write(b"%d" % pid)
+        return True
+    except OSError:
+        return False
+
+
+def kill_cgroup(path: str) -> None:
+    """Kill all that a control group holds at once, where the kernel can (cgroup.kill, Linux 5.14)."""
+    try:
+        with open(os.path.join(path, "cgroup.kill"), "wb", buffering=0) as file:
+            file.write(b"1")
+    except OSError:
+        pass
+
+
+def leave_cgroup(path: str) -> None:
+    """Remove a control group, unless something still runs in it."""
+    try:
+        os.rmdir(path)
+    except OSError:
+        pass
+
+
+def send_signal(number: int, processes: Iterable) -> None:
+    """Signal processes; one that has ended meanwhile is no matter."""
+    for process in processes:
+        try:
+            os.kill(process.pid, number)
+        except OSError:
+            pass
+
+
+def reap_children() -> Iterator[tuple]:
+    """(pid, wait status) of every child that has ended and that nobody has waited for yet."""
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        yield pid, status
+
+
+def _list_children(pid: int) -> list:
+    """By /proc/PID/task/TID/children (proc(5)), which takes a few microseconds: a script that forks as it is
+    killed must not be faster. A kernel without CONFIG_PROC_CHILDREN has none to show."""
+    found: list = []
+    try:
+        for task in os.listdir("/proc/%d/task" % pid):
+            with open("/proc/%d/task/%s/children" % (pid, task), "rb") as file:
+                found += [int(word) for word in file.read().split()]
+    except OSError:  # it has ended meanwhile
+        pass
+    return found
+
+
+def list_descendants(pid: int) -> list:
+    """All processes that run now below another one, and those that it has adopted (see `adopt_orphans`)."""
+    found, waiting = [], [pid]
+    while waiting:
+        children = _list_children(waiting.pop())
+        found += children
+        waiting += children
+    return [process for process in map(find_process, found) if process is not None]
 
 
 # --- helper programs ------------------------------------------------------------------------------------
@@ -2847,10 +3185,15 @@ def is_hang_up(error: ssl.SSLError) -> bool:
     return isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)) or "EOF" in (error.reason or "")
 
 
+def is_date_error(error: ssl.SSLError) -> bool:
+    """Whether a certificate is good but for its dates; its signature is verified before them."""
+    return isinstance(error, ssl.SSLCertVerificationError) and error.verify_code in _DATE_ERRORS
+
+
 def describe_tls_error(error: ssl.SSLError) -> str:
     """A TLS failure in words."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        clock = " (or a clock is wrong)" if error.verify_code in _DATE_ERRORS else ""
+        clock = " (or a clock is wrong)" if is_date_error(error) else ""
         return "its certificate is refused: %s%s" % (error.verify_message, clock)
     if is_hang_up(error):
         return "it closed the connection during TLS"
@@ -3416,41 +3759,137 @@ def find_route(routes: tuple, request: Request) -> tuple:
     raise NotFound("no such path")
 
 
-def open_listeners(addresses: tuple, port: int) -> list:
-    """Listening sockets on every address (none: all of IPv4, and of IPv6 where there is one).
+# What a listening socket can lack now and have later: an address that is not up yet, IPv6, a port that
+# somebody else has at this moment. All else (no right to the port, for one) needs a person.
+_MAY_COME_RIGHT = (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.ENETDOWN, errno.ENODEV)
 
-    With port 0 the kernel picks one, the same for all. Raises ConfigError naming what is taken.
-    """
-    wanted = addresses or ("0.0.0.0", "::")
-    listeners: list = []
-    for address in wanted:
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+
+def _open_listener(address: str, port: int) -> socket.socket:
+    """A listening socket. Raises OSError."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        # with its zone, `fe80::1%eth0`, an address needs the system's resolver
+        place = socket.getaddrinfo(address, port, family, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST)
+        listener.bind(place[0][4])
+        listener.listen(128)
+    except socket.gaierror as error:  # a zone that is not up yet has no number
+        listener.close()
+        raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL)) from error
+    except OSError:
+        listener.close()
+        raise
+    listener.setblocking(False)
+    return listener
+
+
+def take_passed_sockets() -> list:
+    """The listening sockets that the service manager has opened for us (sd_listen_fds(3))."""
+    pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
+    os.environ.pop("LISTEN_FDNAMES", None)
+    if pid != str(os.getpid()) or not re.fullmatch("[0-9]{1,3}", count):
+        return []
+    passed = []
+    for descriptor in range(3, 3 + int(count)):
         try:
-            listener = socket.socket(family, socket.SOCK_STREAM)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                # an IPv4 peer must not arrive as ::ffff:10.0.0.5, which no allowlist means
-                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            listener.bind((address, port))
-            listener.listen(128)
+            os.set_inheritable(descriptor, False)
+            listener = socket.socket(fileno=descriptor)
+            is_ours = listener.family in (socket.AF_INET, socket.AF_INET6)
+            if is_ours and listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                listener.setblocking(False)
+                passed.append(listener)
+            else:
+                listener.close()
+        except OSError:  # no socket
+            pass
+    return passed
+
+
+def _serves(listener: socket.socket, address: str, port: int) -> bool:
+    """Whether an open socket listens on an address and port (0: any)."""
+    own = listener.getsockname()
+    if port not in (0, own[1]):
+        return False
+    if listener.family == socket.AF_INET6 and own[0] == "::" and address == "0.0.0.0":
+        return not listener.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+    shown, _, zone = own[0].partition("%")
+    if ":" in address and len(own) == 4 and own[3] and not zone:
+        shown += "%" + socket.if_indextoname(own[3])
+    return address in (shown, own[0])
+
+
+class Listening(NamedTuple):
+    """The sockets of a server, and what keeps it from listening on the addresses that are missing."""
+
+    sockets: tuple
+    faults: tuple  # one sentence for each address
+
+
+def listen_where_possible(addresses: tuple, port: int, already: Iterable = ()) -> Listening:
+    """Listen on every address (none: all of IPv4, and of IPv6 where there is one), with those of the sockets
+    that are open `already` which fit. With port 0 the kernel picks one, the same for all.
+
+    Raises ConfigError for what no waiting will change.
+    """
+    already, sockets, faults, asked = list(already), [], [], port
+    for address in addresses or ("0.0.0.0", "::"):
+        listener = next((one for one in already if _serves(one, address, port)), None)
+        try:
+            listener = listener or _open_listener(address, port)
         except OSError as error:
-            if not addresses and family == socket.AF_INET6 and listeners:
+            if not addresses and address == "::" and (error.errno != errno.EADDRINUSE or not asked):
                 continue  # a host without IPv6
-            for opened in listeners:
-                opened.close()
-            reason = "%s port %d: %s" % (address, port, error.strerror)
-            raise ConfigError("cannot listen on " + reason, "see what has it: ss -ltnp") from error
-        listener.setblocking(False)
-        port = listener.getsockname()[1]
-        listeners.append(listener)
-    return listeners
+            what = "cannot listen on %s port %d: %s" % (address, port, error.strerror)
+            if error.errno not in _MAY_COME_RIGHT:
+                for opened in sockets:
+                    if opened not in already:
+                        opened.close()
+                raise ConfigError(what, "see what has it: ss -ltnp") from error
+            faults.append(what)
+            continue
+        port = port or listener.getsockname()[1]
+        if listener not in sockets:
+            sockets.append(listener)
+    return Listening(tuple(sockets), tuple(faults))
+
+
+def close_unwanted(passed: Iterable, listening: Listening) -> None:
+    """Close the sockets that the service manager has passed for what is not configured."""
+    for listener in passed:
+        if listener not in listening.sockets:
+            what = "a socket was passed for %s port %d, which is not configured" % listener.getsockname()[:2]
+            LOG.event("config-warn", MESSAGE=what + "; install.sh writes the socket unit anew")
+            listener.close()
+
+
+def note_listening(before: tuple, listening: Listening) -> None:
+    """Log what has changed about the addresses that are missing."""
+    for fault in listening.faults:
+        if fault not in before:
+            LOG.event("listen", RESULT="failed", ERROR=fault + "; it is tried again")
+    if before and not listening.faults:
+        LOG.event("listen", RESULT="ok")
+
+
+def open_listeners(addresses: tuple, port: int) -> list:
+    """Listening sockets on every address. Raises ConfigError when one of them cannot be had."""
+    listening = listen_where_possible(addresses, port)
+    if listening.faults:
+        for opened in listening.sockets:
+            opened.close()
+        raise ConfigError(listening.faults[0], "see what has it: ss -ltnp")
+    return list(listening.sockets)
 
 
 class _Connection:
     """One accepted connection. `waiting`: we wait for the peer's bytes, so it may be sent away."""
 
-    def __init__(self, raw: socket.socket, address: str, port: int) -> None:
+    def __init__(self, raw: socket.socket, address: str, port: int, admitted: Any) -> None:
         self.raw = raw
+        self.admitted = admitted
         self.address = address
         self.port = port
         self.waiting = True
@@ -3470,9 +3909,12 @@ class _Connection:
 class ServerPolicy(NamedTuple):
     """What a server asks its owner about connections."""
 
-    admit: Callable  # (address) to bool: may it connect?
-    note: Callable  # (address, failure, reason, sock): nothing came of it; `silent`, or `tls` for a handshake
+    admit: Callable  # (address): may it connect?
+    # (address, failure, reason, sock): nothing came of it. `failure`: silent; or of a handshake tls, or clock
+    # when one of the two clocks may be wrong
+    note: Callable
     refuse: Optional[Callable] = None  # (address, CtrlExecError) to Response, if it wants its own words
+    leave: Callable = lambda address, admitted: None  # it has ended; what `admit` said comes back
 
 
 def render_refusal(error: CtrlExecError) -> dict:
@@ -3536,6 +3978,10 @@ class Server:
         """Show another certificate, from the next connection on."""
         self._context = context
 
+    def listen_on(self, listeners: Iterable) -> None:
+        """Accept on more sockets, from the next time that `serve` wakes up: write to its `stop`."""
+        self._listeners = [*self._listeners, *listeners]
+
     # --- accepting ---------------------------------------------------------------------------------------
 
     def serve(self, stop: int, is_over: Callable = lambda: True) -> None:
@@ -3543,11 +3989,13 @@ class Server:
         come to its end. From then on each connection is answered once at most."""
         threading.stack_size(512 * 1024)  # 256 threads with the default of 8 MiB frighten some limits
         poller = select.poll()
-        by_descriptor = {listener.fileno(): listener for listener in self._listeners}
-        for descriptor in (stop, *by_descriptor):
-            poller.register(descriptor, select.POLLIN)
+        by_descriptor: dict = {}
+        poller.register(stop, select.POLLIN)
         serving = True
         while serving:
+            for listener in self._listeners[len(by_descriptor) :]:
+                by_descriptor[listener.fileno()] = listener
+                poller.register(listener.fileno(), select.POLLIN)
             for descriptor, event in poller.poll():
                 if descriptor == stop:
                     serving = serving and not is_over()
@@ -3582,8 +4030,10 @@ class Server:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 self._refuse_without_descriptor(listener)
             return  # gone again, or taken by the process that shares this socket during a reload
-        connection = _Connection(raw, name[0], name[1])
-        if not self._policy.admit(connection.address):
+        # A socket for both families shows an IPv4 peer as ::ffff:10.0.0.5, which no allowlist means.
+        address = name[0][7:] if name[0].startswith("::ffff:") and "." in name[0] else name[0]
+        connection = _Connection(raw, address, name[1], self._policy.admit(address))
+        if not connection.admitted:
             raw.close()
             return
         with self._guard:
@@ -3594,6 +4044,7 @@ class Server:
         if full:
             work = self._turn_away
             if self._policy.refuse is None or not self._turning_away.acquire(blocking=False):
+                self._forget(connection)
                 raw.close()
                 return
         try:
@@ -3630,6 +4081,7 @@ class Server:
     def _forget(self, connection: _Connection) -> None:
         with self._guard:
             self._connections.pop(connection, None)
+        self._policy.leave(connection.address, connection.admitted)
 
     # --- one connection ----------------------------------------------------------------------------------
 
@@ -3669,6 +4121,7 @@ class Server:
         except (OSError, ValueError, CtrlExecError):
             pass
         finally:
+            self._forget(connection)
             connection.raw.close()
             self._turning_away.release()
 
@@ -3681,10 +4134,7 @@ class Server:
             connection.raw.do_handshake()
             return True
         except ssl.SSLError as error:
-            closed = isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)) or "EOF" in (
-                error.reason or ""
-            )
-            failure = "silent" if closed else "tls"
+            failure = "silent" if is_hang_up(error) else "clock" if is_date_error(error) else "tls"
             self._policy.note(connection.address, failure, describe_tls_error(error), connection.raw)
             return False
 
@@ -4073,8 +4523,7 @@ def check_hook(hook: Optional[Hook]) -> list:
     what = "auth hook %s" % hook.path
     try:
         _check_hook(hook.path)
-        if not os.access(hook.path, os.X_OK):
-            raise ValueError("not executable: chmod +x %s" % hook.path)
+        check_runnable(hook.path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         hint = "while it is so, everything is denied"
@@ -4096,13 +4545,24 @@ def _rate_key(address: str) -> str:
     return socket.inet_pton(socket.AF_INET6, address.partition("%")[0])[:8].hex()
 
 
-class AddressGate:
-    """Which addresses may connect now. Strangers are counted when their connection has come to nothing;
-    an address that a trusted dispatcher has used is never blocked, so that no neighbour on the control host
-    can lock it out once it has been seen. Tables are bounded and forget the oldest; a reload starts new ones,
-    without blocks."""
+CLOSED, OPEN, ALONE = 0, 1, 2  # what `AddressGate.admit` says
 
-    def __init__(self, allowed: tuple, volume: Rate, probe: Rate, disabled: bool, bound: int = 4096) -> None:
+
+class AddressGate:
+    """Which addresses may connect now. Strangers are counted when their connection has come to nothing; an
+    address that a trusted dispatcher has used is never blocked, so that no neighbour on the control host can
+    lock it out. A blocked address still has one connection at a time, because a dispatcher may come from
+    there. Tables are bounded and forget the oldest; a reload starts new ones, without blocks."""
+
+    def __init__(
+        self,
+        allowed: tuple,
+        volume: Rate,
+        probe: Rate,
+        disabled: bool,
+        known: Iterable = (),  # addresses that dispatchers have used
+        bound: int = 4096,
+    ) -> None:
         self._allowed = allowed
         self._rates = {"volume": volume, "probe": probe}
         self._disabled = disabled
@@ -4110,25 +4570,35 @@ class AddressGate:
         self._guard = threading.Lock()
         self._events: dict = {}  # (kind, address): times of recent failures
         self._blocked: dict = {}  # address: until when
-        self._trusted: dict = {}  # address: None, oldest first
+        self._trusted = {_rate_key(address): None for address in known}  # oldest first
+        self._alone: set = set()  # blocked addresses that have their one connection
         self._told: dict = {}  # addresses outside the allowlist that have been logged
 
-    def admit(self, address: str) -> bool:
-        """Whether a connection from here is looked at."""
+    def admit(self, address: str) -> int:
+        """Whether a connection from here is looked at: CLOSED, OPEN, or ALONE, for which `leave` is due."""
         if self._allowed and not self._is_allowed(address):
             with self._guard:
                 is_new = self._put(self._told, address, None)
             if is_new:
                 LOG.event("ip-block", PEER=address)
-            return False
+            return CLOSED
         key = _rate_key(address)
         if self._disabled or key in self._trusted:
-            return True
+            return OPEN
         with self._guard:
-            until = self._blocked.get(key, 0)
-            if until and until <= time.monotonic():
-                del self._blocked[key]
-            return until <= time.monotonic()
+            if self._blocked.get(key, 0) <= time.monotonic():
+                self._blocked.pop(key, None)
+                return OPEN
+            if key in self._alone:
+                return CLOSED
+            self._alone.add(key)
+            return ALONE
+
+    def leave(self, address: str, admitted: int) -> None:
+        """A connection has ended for which `admit` said this."""
+        if admitted == ALONE:
+            with self._guard:
+                self._alone.discard(_rate_key(address))
 
     def trust(self, address: str) -> None:
         """A trusted dispatcher has just proved itself from here."""
@@ -4205,6 +4675,7 @@ class Script(NamedTuple):
     max_running: int
     schema: Optional[dict] = None  # the sidecar, carried untouched
     schema_version: str = ""
+    unrecorded: bool = False  # it may run when the disk has no room for its record
 
 
 def build_profiles(profiles: dict) -> dict:
@@ -4214,7 +4685,12 @@ def build_profiles(profiles: dict) -> dict:
     return built
 
 
-_SCRIPT_OPTIONS = {"profile": str, "timeout": parse_count, "max_running": parse_positive}
+_SCRIPT_OPTIONS = {
+    "profile": str,
+    "timeout": parse_count,
+    "max_running": parse_positive,
+    "unrecorded": parse_yes_no,
+}
 
 
 def load_sidecar(path: str) -> tuple:
@@ -4272,8 +4748,8 @@ def _parse_script(line: ConfigLine, where: str, profiles: dict, warnings: list) 
         schema, version = load_sidecar(path)
     except ValueError as error:
         warnings.append("%s.schema.json: left out: %s" % (path, error))
-    limits = options.get("timeout", 0), options.get("max_running", 1)
-    return Script(line.key, path, profiles[name], limits[0], limits[1], schema, version)
+    limits, unrecorded = (options.get("timeout", 0), options.get("max_running", 1)), options.get("unrecorded")
+    return Script(line.key, path, profiles[name], *limits, schema, version, unrecorded is True)
 
 
 def load_allowlist(path: str, profiles: dict) -> tuple:
@@ -4768,6 +5244,9 @@ class JobRules(NamedTuple):
     max_output: int
     stdin_timeout: int
     script_timeout: int
+    spare_dir: str = ""  # for the records and locks of runs that the disk has no room for; empty: refuse them
+    open_files: int = 0  # the soft limit that the agent was started with; 0: as it is
+    cgroup: str = ""  # a directory for the control groups of runs; empty: none is ours to divide
 
 
 class JobRequest(NamedTuple):
@@ -4800,6 +5279,7 @@ class _Plan(NamedTuple):
     environment: dict
     account: Account
     profile: Profile
+    open_files: int
 
 
 def _decode_plan(data: bytes) -> _Plan:
@@ -4847,6 +5327,8 @@ def _apply_profile(plan: _Plan) -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (profile.cpu_seconds, profile.cpu_seconds))
     if profile.open_files:
         resource.setrlimit(resource.RLIMIT_NOFILE, (profile.open_files, profile.open_files))
+    elif plan.open_files:
+        lower_descriptor_limit(plan.open_files)
     if os.geteuid() == 0:
         os.setgroups(account.groups)
         os.setresgid(account.gid, account.gid, account.gid)
@@ -4885,6 +5367,8 @@ class Stage:
             for number in range(3):
                 os.dup2(theirs[number], number)  # all our other descriptors are close-on-exec
             reset_signals()
+            survive_hangup()
+            set_title("cea: script")
             os.umask(0o022)
             os.chdir("/")
             with open(theirs[3], "rb") as file:
@@ -4948,7 +5432,7 @@ class _Watch:
     """Feeds a script its request, takes its output, keeps its time limit, and waits for its end.
 
     running ──exit──→ draining (what background children still write, OUTPUT_GRACE_SECONDS) ──→ over
-       └──time limit, SIGUSR1 (cancel)──→ TERM to the group ──KILL_GRACE_SECONDS──→ KILL ──exit──→ draining
+       └──time limit, SIGUSR1 (cancel)──→ TERM to all ──KILL_GRACE_SECONDS──→ KILL ──exit──→ draining
     """
 
     def __init__(
@@ -4959,8 +5443,10 @@ class _Watch:
         stdin_seconds: float,
         limit: int,
         window: Optional[Window],
+        find_all: Callable,  # () to the processes that the run has
     ) -> None:
         self._script = script
+        self._find_all = find_all
         self._stdin = memoryview(stdin)
         self._sinks = {script.stdout: spools[0], script.stderr: spools[1]}
         self._stdin_deadline = Deadline(stdin_seconds)
@@ -5009,8 +5495,12 @@ class _Watch:
             self._close_stdin()
         for descriptor in list(self._sinks):  # what the script wrote is taken, late as we may be
             self._take(descriptor)
-        for descriptor in (*self._sinks, wake, signaled):
-            os.close(descriptor)
+        os.close(wake)
+        os.close(signaled)
+
+    def left_open(self) -> list:
+        """The output streams that background processes still hold."""
+        return list(self._sinks)
 
     def _ask_cancel(self, *_: object) -> None:
         self._cancel_asked = True
@@ -5036,15 +5526,12 @@ class _Watch:
         return not self._sinks or self._drain.is_over()
 
     def _is_lingering(self) -> bool:
-        """Whether the script has ended at our TERM, and others of its group still use their grace."""
+        """Whether the script has ended at our TERM, and others of the run still use their grace."""
         if self._kill is None or self.wait_status is None:
             return False
-        try:
-            os.killpg(self._script.pid, 0)
-            return True
-        except OSError:
+        if not self._find_all():
             self._kill = None
-            return False
+        return self._kill is not None
 
     def _next_wait(self) -> float:
         """Milliseconds until something is due."""
@@ -5087,9 +5574,8 @@ class _Watch:
 
     def _look(self) -> None:
         """See whether the script has ended, and do what is due."""
-        if self.wait_status is None:
-            pid, status = os.waitpid(self._script.pid, os.WNOHANG)
-            if pid:
+        for pid, status in reap_children():
+            if pid == self._script.pid:
                 self.wait_status = status
                 self._limit = None
                 self._drain = Deadline(OUTPUT_GRACE_SECONDS)
@@ -5098,65 +5584,89 @@ class _Watch:
             self._close_stdin()
         if self._limit is not None and self._limit.is_over():
             self.timed_out = True
-            self._end_group()
+            self._end_all()
         if self._cancel_asked and not (self.cancelled or self.timed_out) and self.wait_status is None:
             self.cancelled = True
-            self._end_group()
+            self._end_all()
         if self._kill is not None and self._kill.is_over():
             self._kill = None
-            self._signal_group(signal.SIGKILL)
+            self._signal_all(signal.SIGKILL)
 
-    def _end_group(self) -> None:
+    def _end_all(self) -> None:
         self._limit, self._kill = None, Deadline(KILL_GRACE_SECONDS)
-        self._signal_group(signal.SIGTERM)
+        self._signal_all(signal.SIGTERM)
 
-    def _signal_group(self, number: int) -> None:
+    def _signal_all(self, number: int) -> None:
         try:
             os.killpg(self._script.pid, number)
         except (ProcessLookupError, PermissionError):
             pass
+        send_signal(number, [one for one in self._find_all() if one.group != self._script.pid])
 
 
 # --- the supervisor -------------------------------------------------------------------------------------
 
 
+def adopt_orphans() -> None:
+    """Become the parent of every process below us that loses its own (PR_SET_CHILD_SUBREAPER of prctl(2)):
+    then a run's processes are those below its supervisor, whatever sessions and groups they make."""
+    try:
+        import ctypes
+    except ImportError:  # a Python without it: their session and their environment remain to know them by
+        return
+    pr_set_child_subreaper = 36
+    ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
+
+
+def _is_supervisor(process: Optional[Process]) -> bool:
+    """Whether it looks like one of ours, of this release or of an older one."""
+    return process is not None and process.pid == process.session and is_own_title(process.name)
+
+
 def find_run_processes(record: RunRecord) -> list:
-    """The processes that a run still has: those of its session, and those that left it but were started with
-    its request id. A number that belongs to somebody else's process by now is not believed."""
+    """The processes that a run still has: those below its supervisor, those of its session, and those that
+    left both but were started with its request id. A number that belongs to somebody else's process by now
+    is not believed."""
     marks = tuple(
         "CTRL_EXEC_%s=%s" % mark
         for mark in (("REQID", record.reqid), ("DISPATCHER", record.owner), ("HOST", record.host))
     )
     leader = find_process(record.pid)
     is_ours = leader is not None and leader.birth == record.birth
-    return [
-        process
-        for process in list_processes()
-        if process.pid != os.getpid()
-        and ((is_ours and process.session == record.pid) or process.has_variables(marks))
-    ]
+    found = {}
+    if record.supervisor and _is_supervisor(find_process(record.supervisor)):
+        found = {process.pid: process for process in list_descendants(record.supervisor)}
+    for process in list_processes():
+        if (is_ours and process.session == record.pid) or process.has_variables(marks):
+            found[process.pid] = process
+    found.pop(os.getpid(), None)
+    return list(found.values())
 
 
-def _kill_session(record: RunRecord, number: int) -> bool:
-    """Send a signal to what is left of a run's session; whether there was anything left."""
-    left = [process for process in find_run_processes(record) if process.session == record.pid]
-    for process in left:
-        try:
-            os.kill(process.pid, number)
-        except OSError:  # gone meanwhile
-            pass
-    return bool(left)
+def _kill_run(record: RunRecord, cgroup: str = "") -> None:
+    """Kill all that a run still has, again and again until nothing is left: a script may fork as it dies."""
+    deadline = Deadline(KILL_GRACE_SECONDS)
+    while not deadline.is_over():
+        if cgroup:
+            kill_cgroup(cgroup)
+        quick = list_descendants(record.supervisor) if record.supervisor == os.getpid() else []
+        left = quick or find_run_processes(record)
+        if not left:
+            return
+        send_signal(signal.SIGKILL, left)
+        list(reap_children())
 
 
-def _end_session(record: RunRecord) -> None:
+def _end_run(record: RunRecord) -> None:
     """TERM, and KILL after the grace, to what is left of a run that nobody watches any more."""
     deadline = Deadline(KILL_GRACE_SECONDS)
-    left = _kill_session(record, signal.SIGTERM)
+    left = find_run_processes(record)
+    send_signal(signal.SIGTERM, left)
     while left and not deadline.is_over():
         time.sleep(0.05)
-        left = _kill_session(record, 0)
+        left = find_run_processes(record)
     if left:
-        _kill_session(record, signal.SIGKILL)
+        _kill_run(record)
 
 
 def settle_run(store: RunStore, record: RunRecord) -> RunRecord:
@@ -5171,7 +5681,7 @@ def settle_run(store: RunStore, record: RunRecord) -> RunRecord:
         latest = find_record(store, record.owner, record.reqid)
         if latest is None or latest.status == "done":
             return latest or record
-        _end_session(latest)
+        _end_run(latest)
         reason = "interrupted: the process that watched it was killed, and its output after that is lost"
         latest = latest._replace(
             status="done", interrupted=True, finished=iso_time(now()), exit=126, error=reason
@@ -5219,19 +5729,41 @@ def recover_jobs(rules: JobRules) -> None:
         lock.release()
 
 
+def _spare_rules(rules: JobRules) -> JobRules:
+    """The same for a run that the disk has no room for: its record goes where it is lost when the host
+    restarts."""
+    return rules._replace(store=rules.store._replace(directory=os.path.join(rules.spare_dir, "runs")))
+
+
+def _acquire_slot(rules: JobRules, name: str) -> Optional[FileLock]:
+    """A lock of the script's, or None when another run has it. Raises StorageError."""
+    lock = FileLock(os.path.join(rules.locks_dir, name))
+    try:
+        make_directory(rules.locks_dir, 0o700)
+        return lock if lock.acquire() else None
+    except StorageError:  # it was never made, so nobody holds it
+        if rules != _spare_rules(rules):
+            raise
+    directory = os.path.join(rules.spare_dir, "locks")
+    make_directory(directory, 0o700)
+    lock = FileLock(os.path.join(directory, name))
+    return lock if lock.acquire() else None
+
+
 def _take_slot(rules: JobRules, script: Script, request: JobRequest) -> FileLock:
     """One of the script's `max_running` locks. Raises Busy. Held by the supervisor, it outlasts the agent."""
-    make_directory(rules.locks_dir, 0o700)
     for number in range(script.max_running):
-        lock = FileLock(os.path.join(rules.locks_dir, "%s.%d" % (script.name, number)))
-        if lock.acquire():
-            try:
-                _settle_holder(rules, lock)
-                lock.write("%s %s" % (request.owner, request.reqid))
-            except StorageError:
+        lock = _acquire_slot(rules, "%s.%d" % (script.name, number))
+        if lock is None:
+            continue
+        try:
+            _settle_holder(rules, lock)
+            lock.write("%s %s" % (request.owner, request.reqid))
+        except StorageError:
+            if rules != _spare_rules(rules):
                 lock.release()
                 raise
-            return lock
+        return lock
     raise Busy("%s is already running here" % script.name, "max_running in scripts.conf allows more at once")
 
 
@@ -5314,6 +5846,8 @@ class Job:
         self._script, account, path = _permit(rules, request)
         self._spools: tuple = ()
         self._started: Optional[_Started] = None
+        self._cgroup = ""
+        self._left_open: list = []
         claim = self._claim()
         try:
             self._lock = _take_slot(rules, self._script, request)
@@ -5324,7 +5858,8 @@ class Job:
         try:
             self._open_spools(claim)
             environment = _script_environment(request, account, rules.host)
-            self._start(stage, _Plan(path, request.args, environment, account, self._script.profile))
+            profile = self._script.profile
+            self._start(stage, _Plan(path, request.args, environment, account, profile, rules.open_files))
         except BaseException:
             self._release()
             raise
@@ -5366,6 +5901,9 @@ class Job:
             for suffix in STREAMS.values():
                 os.unlink(record_path(self._rules.store, request.owner, request.reqid, suffix))
             raise
+        cgroup = os.path.join(self._rules.cgroup, "run-%s-%d" % (request.reqid, stage.pid))
+        if self._rules.cgroup and enter_cgroup(cgroup, stage.pid):
+            self._cgroup = cgroup
         try:
             self._started = stage.play(plan)
         except OSError as error:
@@ -5379,10 +5917,14 @@ class Job:
         record = self.record
         limit = _time_limit(self._rules, self._script, self._request.timeout)
         stdin = _render_context(self._request, record)
-        watch = _Watch(self._started, stdin, self._spools, self._rules.stdin_timeout, limit, window)
+        watch = _Watch(
+            self._started, stdin, self._spools, self._rules.stdin_timeout, limit, window,
+            lambda: find_run_processes(record),
+        )  # fmt: skip
         watch.run()
+        self._left_open = watch.left_open()
         if watch.timed_out or watch.cancelled:
-            _kill_session(record, signal.SIGKILL)  # what formed a group of its own has had the same grace
+            _kill_run(record, self._cgroup)
         if watch.stdin_timed_out:
             LOG.event("stdin-timeout", REQID=record.reqid, SCRIPT=record.script)
         self._close(_finish_record(record, watch, self._spools))
@@ -5405,6 +5947,30 @@ class Job:
         for spool in self._spools:
             spool.close()
         self._spools = ()
+        if self._cgroup:
+            leave_cgroup(self._cgroup)
+
+    def drain(self) -> None:
+        """Take what background processes of the run still write, to nowhere, for as long as they live: else
+        SIGPIPE would end a daemon whose output was not redirected at its first word."""
+        if not self._left_open:
+            return
+        set_title("cea: drain")
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for number in (0, 1, 2):  # nobody who waits for the end of the agent's output is to wait for a daemon
+            os.dup2(nowhere, number)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps those that we have adopted
+        poller = select.poll()
+        for descriptor in self._left_open:
+            poller.register(descriptor, select.POLLIN)
+        while self._left_open:
+            for descriptor, _ in poller.poll():
+                if not os.read(descriptor, 65536):
+                    poller.unregister(descriptor)
+                    os.close(descriptor)
+                    self._left_open.remove(descriptor)
+        if self._cgroup:
+            leave_cgroup(self._cgroup)
 
 
 def inspect_scripts(rules: JobRules) -> list:
@@ -5546,6 +6112,19 @@ def _serve_again(
         _answer(channel, 200, render_result(rules.store, record))
 
 
+def _do_without_disk(rules: JobRules, request: JobRequest, error: StorageError) -> JobRules:
+    """The rules for a run that cannot be recorded. Raises ScriptRefused unless the allowlist lets it run."""
+    LOG.event("run-store-fail", REQID=request.reqid, SCRIPT=request.script, MESSAGE=error.message)
+    spare = _spare_rules(rules)
+    is_allowed = rules.scripts[request.script].unrecorded and rules.spare_dir
+    if not is_allowed or rules == spare:
+        message = "not started, because the run cannot be recorded: " + error.message
+        if not is_allowed:
+            message += "; make room there, or say unrecorded=yes for the script in scripts.conf"
+        raise ScriptRefused(message) from error
+    return spare
+
+
 def _serve_run(channel: socket.socket, rules: JobRules, request: JobRequest, stage: Stage) -> None:
     """Run a script to its end, whether or not somebody stays to see it."""
     job, deadline = None, Deadline(5)
@@ -5559,6 +6138,8 @@ def _serve_run(channel: socket.socket, rules: JobRules, request: JobRequest, sta
             if deadline.is_over():
                 raise Busy("request %s is about to start" % request.reqid, "ask for its result") from None
             time.sleep(0.01)
+        except StorageError as error:
+            rules = _do_without_disk(rules, request, error)
     if request.mode == "async":
         accepted = {"status": "accepted", "reqid": request.reqid, "host": rules.host}
         _answer(channel, 202, [encode_json(accepted)])
@@ -5570,6 +6151,14 @@ def _serve_run(channel: socket.socket, rules: JobRules, request: JobRequest, sta
         channel.close()
     else:
         _answer(channel, 200, render_result(rules.store, job.finish()))
+    job.drain()
+
+
+def _find_rules(rules: JobRules, request: JobRequest) -> JobRules:
+    """The rules with the store in which the run that a request is about has its record."""
+    spare = _spare_rules(rules)
+    path = request.reqid and record_path(spare.store, request.owner, request.reqid, ".json")
+    return spare if rules.spare_dir and path and os.path.exists(path) else rules
 
 
 def _serve_inspect(channel: socket.socket, rules: JobRules, _: JobRequest) -> None:
@@ -5601,8 +6190,7 @@ def _serve_follow(channel: socket.socket, rules: JobRules, request: JobRequest) 
 def _ask_supervisor(store: RunStore, record: RunRecord) -> None:
     """Ask a run's supervisor to end it. A claim means that it lives, so that its number is nobody else's; but
     whoever settles the run of a dead one holds that claim as well, for a moment."""
-    process, own = find_process(record.supervisor), find_process(os.getpid())
-    if process is None or own is None or (process.name, process.pid) != (own.name, process.session):
+    if not _is_supervisor(find_process(record.supervisor)):
         return
     if is_claimed(record_path(store, record.owner, record.reqid, STREAMS["stdout"])):
         try:
@@ -5640,14 +6228,16 @@ _QUESTIONS = {
 }
 
 
-def serve_job(control: socket.socket, rules: JobRules, tasks: dict) -> None:
+def serve_job(control: socket.socket, rules: JobRules, tasks: dict, note: Callable) -> None:
     """A supervisor's life: wait for a request, do it, answer, tidy up.
 
     It begins before there is a request: over `control` comes a channel to whoever makes one, or the end.
+    `note` is told of each request whose dispatcher is trusted.
     `tasks` are the requests that are not about runs: a function for each operation, which gets the request
     and returns the answer's object, or raises a CtrlExecError.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])  # a cancel that comes early waits
+    adopt_orphans()
     stage = Stage()
     channel = receive_socket(control)[1]
     control.close()
@@ -5658,6 +6248,9 @@ def serve_job(control: socket.socket, rules: JobRules, tasks: dict) -> None:
         request = _receive_job(channel, ("run", *_QUESTIONS, *tasks))
         if rules.trusted.get(request.serial) != request.owner:  # a front that drains has older rules
             raise Denied("serial mismatch")
+        note(request)
+        if request.operation in ("run", *_QUESTIONS):
+            rules = _find_rules(rules, request)
         if request.operation == "run":
             _serve_run(channel, rules, request, stage)
         else:
@@ -5709,6 +6302,41 @@ class _Front:
         self.control = None
 
 
+class _Backoff:
+    """When to try again: at once the first time, then after a pause that doubles up to a minute."""
+
+    def __init__(self, first: float) -> None:
+        self._first = first
+        self._pause = 0.0
+        self._at: Optional[float] = None  # monotonic
+
+    def schedule(self) -> None:
+        self._at = time.monotonic() + self._pause
+        self._pause = min(60.0, max(self._first, self._pause * 2))
+
+    def is_due(self) -> bool:
+        """Whether it was scheduled and the time has come; it is scheduled no more then."""
+        if self._at is None or time.monotonic() < self._at:
+            return False
+        self._at = None
+        return True
+
+    def is_pending(self) -> bool:
+        return self._at is not None
+
+    def left(self) -> float:
+        """Seconds until it is due, a minute when nothing is scheduled."""
+        return 60.0 if self._at is None else max(0.0, self._at - time.monotonic())
+
+    def cancel(self) -> None:
+        """What was to be tried again has been done."""
+        self._at = None
+
+    def reset(self) -> None:
+        """All is well: the next failure is the first."""
+        self._pause, self._at = 0.0, None
+
+
 class _Spare(NamedTuple):
     """A supervisor that waits for its request, and our end of what it waits at."""
 
@@ -5716,7 +6344,7 @@ class _Spare(NamedTuple):
     control: socket.socket
 
 
-def _fork_child(life: Callable, *descriptors: int) -> int:
+def _fork_child(title: str, life: Callable, *descriptors: int) -> int:
     """A process of its own session that does `life()` and keeps only these descriptors; its pid."""
     pid = os.fork()
     if pid:
@@ -5724,8 +6352,10 @@ def _fork_child(life: Callable, *descriptors: int) -> int:
     status = EXIT_BUG
     try:
         reset_signals()
+        survive_hangup()
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         os.setsid()
+        set_title(title)
         close_descriptors([LOG.descriptor(), *descriptors])
         life()
         status = 0
@@ -5735,30 +6365,106 @@ def _fork_child(life: Callable, *descriptors: int) -> int:
         os._exit(status)
 
 
+class _Supervisors:
+    """The supervisors that run, and one more that waits, so that a run does not wait for it to be forked."""
+
+    def __init__(self, fork: Callable) -> None:
+        """`fork(control)`: a process that reads its request from `control`; returns its pid."""
+        self._fork = fork
+        self._pids: set = set()
+        self._spare: Optional[_Spare] = None
+        self.refork = _Backoff(0.5)  # after one that has died unused
+
+    def pass_on(self, channel: socket.socket) -> None:
+        """Give a request to the supervisor that waits for one, or to a new one. Raises OSError."""
+        if len(self._pids) >= MAX_SUPERVISORS:
+            raise OSError(errno.EAGAIN, "%d are running" % MAX_SUPERVISORS)
+        for _ in range(2):
+            spare = self._spare or self._fork_one()
+            self._spare = None
+            with spare.control:
+                try:
+                    socket.send_fds(spare.control, [b"job"], [channel.fileno()])
+                    self._pids.add(spare.pid)
+                    return
+                except (BrokenPipeError, ConnectionError):  # it was killed while it waited
+                    continue
+        raise OSError(errno.EAGAIN, "supervisors die at once")
+
+    def _fork_one(self) -> _Spare:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            try:
+                return _Spare(self._fork(theirs), ours)
+            except OSError:
+                ours.close()
+                raise
+
+    def keep_spare(self) -> None:
+        """Have a supervisor ready."""
+        if self._spare is not None or len(self._pids) >= MAX_SUPERVISORS:
+            return
+        if self.refork.is_pending() and not self.refork.is_due():
+            return
+        try:
+            self._spare = self._fork_one()
+        except OSError:  # the next run will try, and say so
+            pass
+
+    def dismiss_spare(self) -> None:
+        """The bundle that it was forked with is not served any more."""
+        if self._spare is not None:
+            self._spare.control.close()
+        self._spare = None
+
+    def note_end(self, pid: int) -> bool:
+        """A child has ended; whether it was a supervisor that had a request."""
+        if self._spare is not None and pid == self._spare.pid:
+            self.dismiss_spare()
+            self.refork.schedule()
+        if pid not in self._pids:
+            return False
+        self.refork.reset()
+        self._pids.discard(pid)
+        return True
+
+
 class Executor:
     """The agent's parent process: single-threaded, no network input. It holds one bundle, keeps one front
     alive that serves from it, forks a supervisor for each request, and reaps. What a bundle is, and what its
     children do, is its caller's:
 
-    load(previous)                     a new bundle with .listeners; raises a CtrlExecError
+    load(previous)                     a new bundle with .listening; raises a CtrlExecError
+    listen_again(bundle)               what there is to listen on by now: Listening
     run_front(bundle, control)         a front's life; returns its exit status when it has drained
     supervise(bundle, control, order)  a supervisor's life; `order()` has the bundle loaded anew and returns
                                        when the new one is served, or raises Unavailable
     recover(bundle)                    settles what supervisors that were killed have left
+    note_reload(begun, ended, error)   how many reloads have begun and ended, and what the last one met
     """
 
-    def __init__(self, load: Callable, run_front: Callable, supervise: Callable, recover: Callable) -> None:
+    def __init__(
+        self,
+        load: Callable,
+        listen_again: Callable,
+        run_front: Callable,
+        supervise: Callable,
+        recover: Callable,
+        note_reload: Callable,
+    ) -> None:
         self._load = load
+        self._note_reload = note_reload
+        self._reloads = 0
+        self._listen_again = listen_again
         self._run_front = run_front
         self._supervise = supervise
         self._recover = recover
         self._bundle: Any = None
         self._fronts: dict = {}  # pid to _Front
-        self._supervisors: set = set()  # pids
-        self._spare: Optional[_Spare] = None
+        self._supervisors = _Supervisors(self._fork_supervisor)
         self._is_recovery_due = True  # at the start, and whenever a supervisor was killed
-        self._restart_at = 0.0  # monotonic; when a dead front is replaced
-        self._pause = 0.0
+        self._restart = _Backoff(0.5)  # until a dead front is replaced
+        self._listen = _Backoff(1.0)  # until what cannot be listened on is tried again
         self._wake, self._signaled = socket.socketpair()
         self._orders, self._ordering = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._pending: set = set()  # signals to act on
@@ -5771,6 +6477,7 @@ class Executor:
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, lambda caught, _: self._pending.add(caught))
         signal.signal(signal.SIGINT, lambda *_: self._pending.add(signal.SIGTERM))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
 
     def run(self) -> int:
         """Serve until SIGTERM or SIGINT; returns the exit status. Raises what the first load raises."""
@@ -5778,11 +6485,19 @@ class Executor:
         import base64, codecs, grp, pwd, resource  # noqa: E401, F401 - once, and not in every child
         import gc
 
+        try:
+            import ctypes  # noqa: F401
+        except ImportError:  # see adopt_orphans
+            pass
+
         gc.freeze()  # what exists now is shared with all children; a collection would copy it for each
+        set_title("cea: executor")
+        if self._bundle.listening.faults:
+            self._listen.schedule()
         self._start_front()
         self._start_recovery()
-        self._keep_spare()
-        tell_systemd("READY=1")
+        self._supervisors.keep_spare()
+        tell_systemd("READY=1\n" + self._status())
         while signal.SIGTERM not in self._pending:
             self._turn()
         return self._stop()
@@ -5795,7 +6510,7 @@ class Executor:
         by_descriptor = {front.control.fileno(): front for front in self._fronts.values() if front.control}
         for descriptor in by_descriptor:
             poller.register(descriptor, select.POLLIN)
-        wait = 60.0 if self._restart_at == 0 else max(0.0, self._restart_at - time.monotonic())
+        wait = min(backoff.left() for backoff in (self._restart, self._listen, self._supervisors.refork))
         ready = [descriptor for descriptor, _ in poller.poll(int(wait * 1000) + 1)]
         for descriptor in ready:
             if descriptor in by_descriptor:
@@ -5808,11 +6523,28 @@ class Executor:
         if signal.SIGHUP in self._pending:
             self._pending.discard(signal.SIGHUP)
             self._reload()
-        if self._restart_at and time.monotonic() >= self._restart_at:
+        if self._restart.is_due():
             self._start_front()
+        if self._listen.is_due():
+            self._try_to_listen()
         if self._is_recovery_due:
             self._start_recovery()
-        self._keep_spare()
+        self._supervisors.keep_spare()
+
+    def _status(self) -> str:
+        """What the service manager shows of us."""
+        return "STATUS=" + one_line("; ".join(self._bundle.listening.faults) or "serving")
+
+    def _try_to_listen(self) -> None:
+        """An address that was missing may be there by now."""
+        listening = self._listen_again(self._bundle)
+        if len(listening.faults) < len(self._bundle.listening.faults):
+            self._serve_from(self._bundle._replace(listening=listening))
+            tell_systemd(self._status())
+        if listening.faults:
+            self._listen.schedule()
+        else:
+            self._listen.reset()
 
     def _drop_wakeups(self) -> None:
         try:
@@ -5822,13 +6554,13 @@ class Executor:
             pass
 
     def _start_front(self) -> None:
-        self._restart_at = 0.0
+        self._restart.cancel()
         try:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             pid = os.fork()
         except OSError as error:
             LOG.event("bug", MESSAGE="cannot fork a front: %s" % error.strerror)
-            self._schedule_restart()
+            self._restart.schedule()
             return
         if pid:
             theirs.close()
@@ -5840,7 +6572,9 @@ class Executor:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the parent to act on
             signal.signal(signal.SIGTERM, lambda *_: None)  # a handler, because hooks would inherit SIG_IGN
             signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-            listening = [listener.fileno() for listener in self._bundle.listeners]
+            survive_hangup()
+            set_title("cea: front")
+            listening = [listener.fileno() for listener in self._bundle.listening.sockets]
             close_descriptors([theirs.fileno(), LOG.descriptor(), *listening])
             status = self._run_front(self._bundle, theirs)
         except BaseException as error:
@@ -5865,40 +6599,17 @@ class Executor:
             return
         channel.settimeout(0)  # nothing that a front does may hold us
         try:
-            self._pass_on(channel)
+            self._supervisors.pass_on(channel)
         except OSError as error:
             reason = {"event": "refused", "code": "unavailable", "status": 503}
             reason["error"] = "cannot start a process: %s; try again later" % error.strerror
             send_pieces(channel, [encode_json(reason) + b"\n"])
         channel.close()
 
-    def _pass_on(self, channel: socket.socket) -> None:
-        """Give a request to the supervisor that waits for one, or to a new one. Raises OSError."""
-        if len(self._supervisors) >= MAX_SUPERVISORS:
-            raise OSError(errno.EAGAIN, "%d are running" % MAX_SUPERVISORS)
-        for _ in range(2):
-            spare = self._spare or self._fork_supervisor()
-            self._spare = None
-            with spare.control:
-                try:
-                    socket.send_fds(spare.control, [b"job"], [channel.fileno()])
-                    self._supervisors.add(spare.pid)
-                    return
-                except (BrokenPipeError, ConnectionError):  # it was killed while it waited
-                    continue
-        raise OSError(errno.EAGAIN, "supervisors die at once")
-
-    def _fork_supervisor(self) -> _Spare:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            try:
-                bundle = self._bundle
-                kept = (theirs.fileno(), self._ordering.fileno())
-                life = _fork_child(lambda: self._supervise(bundle, theirs, self._order_reload), *kept)
-                return _Spare(life, ours)
-            except OSError:
-                ours.close()
-                raise
+    def _fork_supervisor(self, control: socket.socket) -> int:
+        bundle, kept = self._bundle, (control.fileno(), self._ordering.fileno())
+        life = lambda: self._supervise(bundle, control, self._order_reload)  # noqa: E731
+        return _fork_child("cea: supervisor", life, *kept)
 
     def _order_reload(self) -> None:
         """In a supervisor: have what it has changed on disk served, before it says that it is done."""
@@ -5921,40 +6632,17 @@ class Executor:
         except OSError as error:
             LOG.event("bug", MESSAGE="an order was lost: %s" % error.strerror)
 
-    def _keep_spare(self) -> None:
-        """Have a supervisor ready, so that a run does not wait for it to be forked."""
-        try:
-            if self._spare is None and len(self._supervisors) < MAX_SUPERVISORS:
-                self._spare = self._fork_supervisor()
-        except OSError:  # the next run will try, and say so
-            pass
-
-    def _dismiss_spare(self) -> None:
-        """The bundle that it was forked with is not served any more."""
-        if self._spare is not None:
-            self._spare.control.close()
-        self._spare = None
-
     def _start_recovery(self) -> None:
         self._is_recovery_due = False
         try:
-            _fork_child(lambda: self._recover(self._bundle))
+            _fork_child("cea: recovery", lambda: self._recover(self._bundle))
         except OSError as error:
             LOG.event("bug", MESSAGE="cannot fork for recovery: %s" % error.strerror)
             self._is_recovery_due = True
 
     def _reap(self) -> None:
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            if self._spare is not None and pid == self._spare.pid:
-                self._dismiss_spare()
-            if pid in self._supervisors:
-                self._supervisors.discard(pid)
+        for pid, status in reap_children():
+            if self._supervisors.note_end(pid):
                 self._is_recovery_due = self._is_recovery_due or status != 0
             front = self._fronts.pop(pid, None)
             if front is None:
@@ -5962,29 +6650,42 @@ class Executor:
             front.hang_up()
             front.accepts = False
             if not front.draining and signal.SIGTERM not in self._pending:
-                lived = time.monotonic() - front.started
-                self._pause = 0.0 if lived > 60 else self._pause
+                if time.monotonic() - front.started > 60:
+                    self._restart.reset()
                 LOG.event("bug", MESSAGE="the front ended with status %d; it is replaced" % status)
-                self._schedule_restart()
-
-    def _schedule_restart(self) -> None:
-        """At once the first time, then with a pause that doubles up to a minute."""
-        self._restart_at = time.monotonic() + self._pause
-        self._pause = min(60.0, max(0.5, self._pause * 2))
+                self._restart.schedule()
 
     def _reload(self) -> str:
         """Serve from a new bundle, if it is sound, or say what is wrong with it; a front that still answers
         keeps the one it began with."""
+        self._reloads += 1
+        self._note_reload(self._reloads, self._reloads - 1, "")
+        tell_systemd("RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic_ns() // 1000))
+        error = self._load_anew()
+        self._note_reload(self._reloads, self._reloads, error)
+        return error
+
+    def _load_anew(self) -> str:
         try:
             bundle = self._load(self._bundle)
         except CtrlExecError as error:
             LOG.event("reload", RESULT="kept the old configuration", ERROR=error.message)
             tell_systemd("READY=1\nSTATUS=reload failed: %s" % one_line(error.message))
             return error.message
+        self._serve_from(bundle)
+        self._listen.reset()
+        if bundle.listening.faults:
+            self._listen.schedule()
+        LOG.event("reload", RESULT="ok")
+        tell_systemd("READY=1\n" + self._status())
+        return ""
+
+    def _serve_from(self, bundle: Any) -> None:
+        """Replace the bundle and the front that serves from it."""
         earlier = list(self._fronts.values())
-        kept = set(bundle.listeners)
+        kept = set(bundle.listening.sockets)
         previous, self._bundle = self._bundle, bundle
-        self._dismiss_spare()
+        self._supervisors.dismiss_spare()
         # First the old one stops accepting, then the new one begins: whoever connects after the event below
         # is served from the new bundle, and whoever connects in between waits in the kernel's queue.
         for front in earlier:
@@ -6000,21 +6701,18 @@ class Executor:
                 LOG.event("bug", MESSAGE="a front did not stop accepting; it is killed")
                 os.kill(front.pid, signal.SIGKILL)
         self._start_front()
-        for listener in previous.listeners:
+        for listener in previous.listening.sockets:
             if listener not in kept:
                 listener.close()
-        LOG.event("reload", RESULT="ok")
-        tell_systemd("READY=1\nSTATUS=reloaded")
-        return ""
 
     def _stop(self) -> int:
         """Let fronts finish what they answer; supervisors go on by themselves."""
         tell_systemd("STOPPING=1")
-        self._dismiss_spare()
+        self._supervisors.dismiss_spare()
         deadline = Deadline(DRAIN_SECONDS + 1)
         for front in self._fronts.values():
             front.tell(b"stop")
-        for listener in self._bundle.listeners:
+        for listener in self._bundle.listening.sockets:
             listener.close()
         while self._fronts and not deadline.is_over():
             for front in list(self._fronts.values()):
@@ -6046,6 +6744,7 @@ class Custody(NamedTuple):
     older_serial: str  # where an older release kept the one serial that it trusted
     revoked: str
     clocks: str  # where it is kept what dispatchers' clocks have said
+    addresses: str  # ... and which addresses they have used
     host: str  # the name in its certificate
 
 
@@ -6066,6 +6765,20 @@ def load_clocks(path: str) -> dict:
     except (KeyError, OverflowError, TypeError, ValueError) as error:
         raise StorageError("%s: not a list of clocks" % path) from error
     return notes
+
+
+def load_addresses(path: str) -> dict:
+    """The addresses that trusted dispatchers have used lately, with when (ISO 8601). A file that cannot be
+    used counts as none: it is only remembered."""
+    try:
+        values = read_json_file(path)
+    except (FileNotFoundError, StorageError):
+        return {}
+    return {
+        address: seen
+        for address, seen in values.items()
+        if isinstance(seen, str) and measure_skew(seen) is not None and is_ip_address(address)
+    }
 
 
 _REVOKED_BY = "by dispatcher %s"  # in the revocation list
@@ -6089,6 +6802,23 @@ class Custodian:
             "renew": self.renew, "renew-complete": self.complete, "rotate-serial": self.rotate,
             "note-clock": self.note_clock,
         }  # fmt: skip
+
+    def note_address(self, request: JobRequest) -> None:
+        """Keep from where a trusted dispatcher comes: such an address is not blocked, nor after a restart."""
+        path, address = self._custody.addresses, request.peer_ip
+        known = load_addresses(path)
+        if (
+            not is_ip_address(address)
+            or -(measure_skew(known.get(address, "")) or -1e9) < ADDRESS_SECONDS / 2
+        ):
+            return
+        try:
+            with FileLock(path + ".lock"):
+                known = dict(load_addresses(path), **{address: iso_time(now())})
+                latest = sorted(known, key=lambda one: known[one], reverse=True)[:MAX_ADDRESSES]
+                write_atomic(path, encode_state({one: known[one] for one in latest}), mode=0o640)
+        except StorageError:  # a full disk: it is only remembered
+            pass
 
     def renew(self, request: JobRequest) -> dict:
         """A certificate request from the key there is: what changes is the date, not who we are."""
@@ -6234,11 +6964,20 @@ class Custodian:
 # ======================================================================================================
 
 
+class Given(NamedTuple):
+    """What the agent was started with, and keeps over reloads."""
+
+    sockets: tuple = ()  # listening, from the service manager
+    open_files: int = 0  # the soft limit of descriptors
+    cgroup: str = ""  # a control group that is ours to divide
+    faults: tuple = ()  # what is wrong with this host, in sentences
+
+
 class Bundle(NamedTuple):
     """All that a front serves from; loaded by the executor, replaced whole by a reload."""
 
     config: Config
-    listeners: list
+    listening: Listening
     context: ssl.SSLContext
     rules: JobRules
     trusted: dict  # serial to dispatcher id
@@ -6246,6 +6985,8 @@ class Bundle(NamedTuple):
     hook: Optional[Hook]
     host: str  # the name in our certificate
     expiry: str  # ISO 8601
+    faults: tuple  # what does not work here, in sentences
+    addresses: tuple  # that trusted dispatchers have used
 
 
 def agent_identity(config: Config) -> Identity:
@@ -6274,7 +7015,7 @@ def _check_own_file(path: str) -> None:
         raise ConfigError("%s cannot be trusted: %s" % (path, error.message), error.hint) from error
 
 
-def build_rules(config: Config, host: str, trusted: dict) -> tuple:
+def build_rules(config: Config, host: str, trusted: dict, given: Given = Given()) -> tuple:
     """What may run, from the configuration and the allowlist: (JobRules, warnings). Raises ConfigError."""
     if config.strict_modes:
         for path in (config.path, scripts_conf_path(config)):
@@ -6296,6 +7037,9 @@ def build_rules(config: Config, host: str, trusted: dict) -> tuple:
         max_output=config.max_output,
         stdin_timeout=config.stdin_timeout,
         script_timeout=config.script_timeout,
+        spare_dir=config.default_path(AGENT_RUN),
+        open_files=given.open_files,
+        cgroup=given.cgroup,
     )
     return rules, warnings
 
@@ -6306,7 +7050,7 @@ def _self_ping_path(config: Config) -> str:
 
 def _recognise_self_ping(context: ssl.SSLContext, config: Config) -> None:
     """Let `self-ping` be told from strangers: the server name it asks for is a secret that only we and root
-    can read. All it gains by that is not to be counted."""
+    can read. All it gains by that is not to be counted. Raises StorageError."""
     secret = new_id(16) + ".self-ping.invalid"
     write_atomic(_self_ping_path(config), secret.encode("ascii"), mode=0o600)
 
@@ -6320,13 +7064,33 @@ def clocks_path(config: Config) -> str:
     return config.default_path(AGENT_VAR + "/clocks.json")
 
 
+def addresses_path(config: Config) -> str:
+    return config.default_path(AGENT_VAR + "/addresses.json")
+
+
 def find_agent_hook(config: Config) -> Optional[Hook]:
     default = config.default_path(AGENT_ETC + "/auth-hook")
     return find_hook(config.auth_hook, default, config.auth_hook_timeout)
 
 
-def load_bundle(config_path: str, root: str, previous: Optional[Bundle]) -> Bundle:
+def _listen(config: Config, already: Iterable, told: tuple) -> Listening:
+    """Listen on the configured addresses, as far as possible; what is new about it is logged. Raises
+    ConfigError."""
+    listening = listen_where_possible(config.bind, config.port, already)
+    note_listening(told, listening)
+    return listening
+
+
+def _list_addresses(config: Config) -> tuple:
+    """Where dispatchers have come from lately, the latest last."""
+    known = load_addresses(addresses_path(config))
+    ages = {address: -(measure_skew(seen) or 0) for address, seen in known.items()}
+    return tuple(sorted((one for one in ages if ages[one] < ADDRESS_SECONDS), key=lambda one: -ages[one]))
+
+
+def load_bundle(config_path: str, root: str, previous: Optional[Bundle], given: Given = Given()) -> Bundle:
     """Load everything anew; sockets whose address did not change are kept. Raises ConfigError, TrustError."""
+    faults = list(given.faults)
     config = load_config("agent", config_path, root)
     trusted = load_trust_map(config.trusted_dispatchers_path, config.dispatcher_serial_path)
     try:
@@ -6338,12 +7102,16 @@ def load_bundle(config_path: str, root: str, previous: Optional[Bundle]) -> Bund
         revoked = None
     identity = get_agent_identity(config)
     context = new_server_context(identity, verify_clients=True, group=AGENT_USER)
-    _recognise_self_ping(context, config)
+    try:
+        _recognise_self_ping(context, config)
+    except StorageError as error:  # then self-ping is a stranger
+        LOG.event("config-warn", MESSAGE=error.message)
+        faults.append(error.message)
     info = read_certificate(identity.cert)
     host = info.names[0] if info.names else info.common_name
     refused = trusted if revoked is None else revoked
     valid = {serial: dispatcher for serial, dispatcher in trusted.items() if serial not in refused}
-    rules, warnings = build_rules(config, host, valid)
+    rules, warnings = build_rules(config, host, valid, given)
     for warning in config.warnings + warnings:
         LOG.event("schema-skip" if ".schema.json: " in warning else "config-warn", MESSAGE=warning)
     for script in rules.scripts.values():
@@ -6351,21 +7119,12 @@ def load_bundle(config_path: str, root: str, previous: Optional[Bundle]) -> Bund
             check_profile(script.profile)
         except ScriptRefused as error:
             LOG.event("config-warn", MESSAGE="script %s will be refused: %s" % (script.name, error.message))
-    if previous and (previous.config.bind, previous.config.port) == (config.bind, config.port):
-        listeners = previous.listeners
-    else:
-        listeners = open_listeners(config.bind, config.port)
+    already = given.sockets if previous is None else previous.listening.sockets
+    listening = _listen(config, already, () if previous is None else previous.listening.faults)
     return Bundle(
-        config,
-        listeners,
-        context,
-        rules,
-        trusted,
-        revoked,
-        find_agent_hook(config),
-        host,
-        iso_time(info.not_after),
-    )
+        config, listening, context, rules, trusted, revoked, find_agent_hook(config), host,
+        iso_time(info.not_after), tuple(faults), _list_addresses(config),
+    )  # fmt: skip
 
 
 # --- the front ------------------------------------------------------------------------------------------
@@ -6444,8 +7203,9 @@ class Front:
         self._control = control  # to the executor
         self._clocks: dict = {}  # dispatcher id to when its clock was noted last, and whether it disagreed
         self._gate = AddressGate(
-            config.allowed_ips, config.rate_limit_volume, config.rate_limit_probe, config.rate_limit_disable
-        )
+            config.allowed_ips, config.rate_limit_volume, config.rate_limit_probe, config.rate_limit_disable,
+            bundle.addresses,
+        )  # fmt: skip
         self._routes = (
             Route("POST", "/run", self._run),
             Route("POST", "/ping", self._ping),
@@ -6462,9 +7222,9 @@ class Front:
         """Serve until the executor says so or is gone; returns the exit status of the process."""
         become_user(AGENT_USER)
         raise_descriptor_limit()
-        policy = ServerPolicy(self._gate.admit, self._note)
+        policy = ServerPolicy(self._gate.admit, self._note, leave=self._gate.leave)
         server = Server(
-            self._bundle.listeners,
+            list(self._bundle.listening.sockets),
             self._bundle.context,
             self.handle,
             policy,
@@ -6476,15 +7236,18 @@ class Front:
             self._control.send(b"closed")
         if word == b"drain":  # a reload: no hurry, and a connection that has just come is served as promised
             server.drain(10**9, grace=HANDSHAKE_SECONDS)
-        else:
-            server.drain(DRAIN_SECONDS)
+        else:  # the service manager may hold the sockets, and have let somebody in meanwhile
+            server.drain(DRAIN_SECONDS, grace=LINGER_SECONDS)
         return 0
 
     def _note(self, address: str, failure: str, reason: str, sock: Any) -> None:
         if getattr(sock, "is_self_ping", False):
             return  # it must not lock itself out
-        if failure == "tls":
+        if failure in ("tls", "clock"):
             LOG.event("tls-failure", PEER=address, REASON=reason)
+        if failure == "clock":  # of our CA, so no stranger's; when the clock is right, it is to get through
+            return
+        if failure == "tls":
             self._gate.count(address, "probe")
         self._gate.count(address, "volume")
 
@@ -6515,7 +7278,20 @@ class Front:
             self._note_clock(caller, peer, skew)
         body = {"status": "ok", "host": self._bundle.host, "version": __version__}
         body.update(expiry=self._bundle.expiry, staged=False, reqid=fields["reqid"], time=iso_time(now()))
+        faults = self._find_faults()
+        if faults:
+            body["faults"] = faults
         return Response(200, body)
+
+    def _find_faults(self) -> list:
+        """What does not work on this host, a sentence each, for whoever pings it."""
+        config = self._bundle.config
+        faults = [*self._bundle.faults, *self._bundle.listening.faults]
+        for directory in (config.runs_dir, config.default_path(AGENT_VAR)):
+            fault = find_disk_fault(directory)
+            if fault and not any(fault in known or directory in known for known in faults):
+                faults.append("%s: %s" % (directory, fault))
+        return [one_line(fault)[:300] for fault in faults[:10]]
 
     def _note_clock(self, caller: Caller, peer: Peer, skew: float) -> None:
         """Have it kept what a dispatcher's clock says: once a minute, and whenever it comes to disagree with
@@ -6674,7 +7450,7 @@ class Front:
         with theirs:
             socket.send_fds(self._control, [b"job"], [theirs.fileno()])
         ours.settimeout(WRITE_SECONDS)
-        send_job(ours, job._replace(serial=peer.cert.serial))
+        send_job(ours, job._replace(serial=peer.cert.serial, peer_ip=peer.address))
         poller = select.poll()
         poller.register(ours.fileno(), select.POLLIN)
         poller.register(peer.sock.fileno(), select.POLLRDHUP)
@@ -6698,37 +7474,69 @@ def _supervise(bundle: Bundle, control: socket.socket, order: Callable) -> None:
     config = bundle.config
     custody = Custody(
         agent_identity(config), config.trusted_dispatchers_path, config.dispatcher_serial_path,
-        config.revoked_serials, clocks_path(config), bundle.host,
+        config.revoked_serials, clocks_path(config), addresses_path(config), bundle.host,
     )  # fmt: skip
-    serve_job(control, bundle.rules, Custodian(custody, OpenSSL(), order).tasks())
+    custodian = Custodian(custody, OpenSSL(), order)
+    serve_job(control, bundle.rules, custodian.tasks(), custodian.note_address)
+
+
+def agent_lock_path(config: Config) -> str:
+    """What the agent that serves from a state directory holds, and writes its process id into."""
+    return os.path.join(config.default_path(AGENT_VAR), "agent.lock")
+
+
+def _lock_state(config: Config) -> FileLock:
+    """The lock that keeps a second agent from this state directory. Raises ConfigError when one serves from
+    it already, StorageError when there can be no lock."""
+    state = config.default_path(AGENT_VAR)
+    make_directory(state, 0o755)
+    lock = FileLock(agent_lock_path(config))
+    try:
+        os.chmod(lock.path, 0o600)  # who can open it can hold it: an older one may be open to all
+    except OSError:  # there is none, or the disk cannot be written
+        pass
+    if not lock.acquire():
+        raise ConfigError("an agent serves from %s already" % state, "give this one a --root of its own")
+    return lock
 
 
 def serve_agent(config_path: str, root: str) -> int:
-    """The agent: until SIGTERM. Raises ConfigError for whatever keeps it from starting."""
+    """The agent: until SIGTERM. Raises ConfigError for what a person must mend; all else it does without."""
+    lock: Optional[FileLock] = None
+    faults: list = []
+    config = load_config("agent", config_path, root)
+    check_user_change(AGENT_USER)
+    try:
+        lock = _lock_state(config)
+    except StorageError as error:
+        LOG.event("config-warn", MESSAGE=error.message)
+        faults.append(error.message)
+    sockets = tuple(take_passed_sockets())
+    given = Given(sockets, raise_descriptor_limit(), find_own_cgroup(), tuple(faults))
 
     def load(previous: Optional[Bundle]) -> Bundle:
-        bundle = load_bundle(config_path, root, previous)
+        bundle = load_bundle(config_path, root, previous, given)
         if previous is None:
-            port = bundle.listeners[0].getsockname()[1]
+            close_unwanted(sockets, bundle.listening)
+            opened = bundle.listening.sockets
+            port = opened[0].getsockname()[1] if opened else bundle.config.port
             LOG.event(
                 "start", VERSION=__version__, PORT=port, HOST=bundle.host, SCRIPTS=len(bundle.rules.scripts)
             )
         return bundle
 
-    executor = Executor(load, _run_front, _supervise, lambda bundle: recover_jobs(bundle.rules))
-    config = load_config("agent", config_path, root)
-    state = config.default_path(AGENT_VAR)
-    make_directory(state, 0o755)
-    lock = FileLock(os.path.join(state, "agent.lock"))
-    try:
-        os.chmod(lock.path, 0o600)  # who can open it can hold it: an older one may be open to all
-    except FileNotFoundError:
-        pass
-    if not lock.acquire():
-        raise ConfigError("an agent serves from %s already" % state, "give this one a --root of its own")
+    def listen_again(bundle: Bundle) -> Listening:
+        return _listen(bundle.config, bundle.listening.sockets, bundle.listening.faults)
+
+    def note_reload(begun: int, ended: int, error: str) -> None:
+        if lock is not None:
+            note_serving(lock, begun, ended, error)
+
+    executor = Executor(
+        load, listen_again, _run_front, _supervise, lambda bundle: recover_jobs(bundle.rules), note_reload
+    )
     executor.catch_signals()
-    lock.write("%d\n" % os.getpid())
-    raise_descriptor_limit()
+    note_reload(0, 0, "")
     try:
         status = executor.run()
     except TrustError as error:  # as final as a broken configuration: a restart will not mend it
@@ -6737,30 +7545,31 @@ def serve_agent(config_path: str, root: str) -> int:
     return status
 
 
-def find_agent_pid(config: Config) -> int:
-    """The process id of the agent that serves from this configuration's state directory, or 0."""
-    try:
-        text = read_lock(os.path.join(config.default_path(AGENT_VAR), "agent.lock")) or ""
-    except OSError:
-        return 0
-    return int(text) if re.fullmatch(r"[1-9][0-9]{0,9}\n", text) else 0
-
-
 # --- checks ---------------------------------------------------------------------------------------------
 
 
 def _check_runnable(script: Script, rules: JobRules) -> None:
     path = check_script(script, rules.script_dirs, rules.strict_modes)
     check_profile(script.profile)
-    if not os.access(path, os.X_OK):
-        raise ScriptRefused("%s is not executable" % path, "chmod +x " + path)
+    try:
+        check_runnable(path)
+    except ValueError as error:
+        raise ScriptRefused("%s: %s" % (path, error)) from error
 
 
 def _agent_places(config: Config) -> list:
     """What decides something on an agent's host, or holds what not everybody may read."""
     state = config.default_path(AGENT_VAR)
     hook = find_agent_hook(config)
-    names = ("agent.lock", "clocks.json", "clocks.json.lock", "self-ping", "locks", "pairing")
+    names = (
+        "agent.lock",
+        "clocks.json",
+        "clocks.json.lock",
+        "addresses.json",
+        "self-ping",
+        "locks",
+        "pairing",
+    )
     changed = (config.trusted_dispatchers_path, config.revoked_serials, config.ca)
     locks = [path + ".lock" for path in changed]
     return [
@@ -6865,6 +7674,8 @@ def check_agent(config: Config) -> list:
         *_check_agent_identity(config),
         *_check_trust(config),
     ]
+    for directory in dict.fromkeys((config.default_path(AGENT_VAR), config.runs_dir)):
+        findings += check_room(directory)
     return findings + check_places(_agent_places(config)) + _check_allowlist(config)
 
 
@@ -7588,7 +8399,11 @@ class PairingFront:
 
     def run(self, listeners: list, context: ssl.SSLContext) -> int:
         become_user(DISPATCHER_USER)
-        policy = ServerPolicy(self._gate.admit, lambda address, *_: self._gate.count(address, "volume"))
+
+        def count(address: str, *_: object) -> None:
+            self._gate.count(address, "volume")
+
+        policy = ServerPolicy(self._gate.admit, count, leave=self._gate.leave)
         server = Server(listeners, context, self.handle, policy, 256, MAX_PAIRING_BODY)
         server.serve(self._control.fileno())
         server.drain(1)
@@ -8542,7 +9357,15 @@ def judge_ping(status: int, answer: dict) -> tuple:
         return _judge_refusal(status, answer)
     _expect(answer, _PING_ANSWER)
     _expect(answer, {key: str for key in ("host", "version", "expiry", "time") if key in answer})
+    faults = answer.get("faults", [])
+    if type(faults) is not list or not all(type(fault) is str for fault in faults):
+        raise _Malformed("the agent's answer has no valid `faults`")
     return ("ok", "") if answer["status"] == "ok" else ("failed", answer["status"])
+
+
+def list_faults(result: HostResult) -> list:
+    """What a host that answers says is wrong with it, in sentences."""
+    return [one_line(fault[:300]) for fault in result.answer.get("faults", [])[:10]]
 
 
 def judge_capabilities(status: int, answer: dict) -> tuple:
@@ -9272,6 +10095,8 @@ def render_ping(result: HostResult) -> dict:
         entry.update({key: result.answer.get(key, "") for key in ("expiry", "version")})
     if result.error:
         entry["error"] = result.error
+    if list_faults(result):
+        entry["faults"] = list_faults(result)
     if result.note is not None:
         entry["note"] = result.note.what
     return entry
@@ -10091,6 +10916,8 @@ def check_hosts(dispatcher: Dispatcher, agents: list) -> list:
             findings.append(Finding("WARN", what, "set one of them: certificates are judged by the clock"))
         else:
             findings.append(Finding("OK", "%s answers, and its clock agrees" % result.host))
+        for fault in list_faults(result):
+            findings.append(Finding("WARN", "%s: %s" % (result.host, fault), "on it: cea self-check"))
     return sorted(findings, key=lambda finding: finding.what)
 
 
@@ -10189,6 +11016,9 @@ def check_dispatcher(config: Config) -> list:
     if findings[-1].level != "FAIL":  # or what is wrong with openssl would be said of the CA
         findings += _check_own_ca(config, openssl) + _check_own_identity(config, openssl)
     findings += check_places(_control_places(config))
+    state = (config.registry_dir, config.lock_dir, config.runs_dir, config.pairing_dir)
+    for directory in dict.fromkeys((os.path.dirname(config.ca), *state)):
+        findings += check_room(directory)
     revoked = try_check(
         findings, "revocation list", lambda: load_revoked(config.revoked_serials), "mend that line"
     )
@@ -11082,6 +11912,7 @@ def _become_api_user(config: Config) -> None:
     if find_service_owner(DISPATCHER_USER) is None:
         message = "there is no user %s to serve the API as" % DISPATCHER_USER
         raise ConfigError(message, "run: install.sh --api")
+    check_user_change(DISPATCHER_USER)
     become_user(DISPATCHER_USER)
 
 
@@ -11090,9 +11921,16 @@ def _check_api_files(config: Config) -> None:
     if os.path.exists(config.cert):  # else the next step says that there is no identity
         _check_readable(config.key)
     for path in (config.runs_dir, config.lock_dir):
-        make_directory(path, 0o2770)
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise ConfigError("%s is not writable for the API" % path, "run again: install.sh --api")
+        try:
+            make_directory(path, 0o2770)
+            if not os.access(path, os.W_OK | os.X_OK):
+                raise StorageError("%s is not writable for the API" % path)
+        except StorageError as error:
+            if not find_disk_fault(path):
+                raise ConfigError(error.message, "run again: install.sh --api") from error
+            LOG.event(
+                "config-warn", MESSAGE=error.message
+            )  # it may come right, and much can be asked until then
 
 
 def _note_connection(address: str, failure: str, reason: str, _: Any) -> None:
@@ -11100,11 +11938,102 @@ def _note_connection(address: str, failure: str, reason: str, _: Any) -> None:
         LOG.event("tls-failure", PEER=address, REASON=reason)
 
 
+def _keep_listening(config: Config, server: Server, listening: Listening, wake: Callable) -> None:
+    """Try again to listen where it was not possible, with a growing pause, until it is. A thread's work."""
+    pause = 1.0
+    while listening.faults:
+        time.sleep(pause)
+        pause = min(60.0, 2 * pause)
+        before, listening = (
+            listening,
+            listen_where_possible(config.api_bind, config.api_port, listening.sockets),
+        )
+        note_listening(before.faults, listening)
+        server.listen_on([one for one in listening.sockets if one not in before.sockets])
+        wake()
+
+
+class _ApiSignals:
+    """SIGTERM and SIGINT end the wait for connections, and SIGHUP calls `reload`.
+
+    Python runs a handler between two steps of its own: a signal that comes just before the wait for a new
+    connection would be seen with that one only. So the wait itself is ended, by the signal's number.
+    """
+
+    def __init__(self, reload: Callable) -> None:
+        self.descriptor, self._signalled = os.pipe()
+        os.set_blocking(self._signalled, False)
+        signal.set_wakeup_fd(self._signalled)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        signal.signal(signal.SIGHUP, lambda *_: reload())
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
+
+    def wake(self) -> None:
+        os.write(self._signalled, b"\0")
+
+    def is_told_to_stop(self) -> bool:
+        return not {signal.SIGTERM, signal.SIGINT}.isdisjoint(os.read(self.descriptor, 512))
+
+
+def api_lock_path(config: Config) -> str:
+    """What an API server holds, and writes its process id into: in a directory that its user may write to and
+    that servers of several hosts may share."""
+    host = re.sub("[^A-Za-z0-9._-]", "_", socket.gethostname())
+    return os.path.join(config.runs_dir, ".api-%s-%d" % (host, config.api_port))
+
+
+def _lock_api(config: Config) -> Optional[FileLock]:
+    """Nothing where there can be none: then it can only not be told to reload."""
+    lock = FileLock(api_lock_path(config))
+    try:
+        return lock if lock.acquire() else None
+    except StorageError as error:
+        LOG.event("config-warn", MESSAGE=error.message)
+        return None
+
+
+class _ApiReloads:
+    """What SIGHUP does: the files are loaded anew, and whoever has asked for it can read how that went."""
+
+    def __init__(self, config: Config, api: Api, server: Server, reread: Callable) -> None:
+        self._api = api
+        self._server = server
+        self._reread = reread
+        self._has_tls = bool(config.api_cert)  # decided at the start
+        self._count = 0
+        self._lock = _lock_api(config)
+        self._note(0, "")
+
+    def _note(self, ended: int, error: str) -> None:
+        if self._lock is not None:
+            note_serving(self._lock, self._count, ended, error)
+
+    def reload(self) -> None:
+        self._count += 1
+        self._note(self._count - 1, "")
+        error = ""
+        try:
+            changed = self._reread()
+            context = load_api_context(changed)
+            self._api.use(changed)
+            if context is not None and self._has_tls:
+                self._server.use_context(context)
+            LOG.event("reload", RESULT="ok")
+        except CtrlExecError as problem:
+            error = problem.message
+            LOG.event("reload", RESULT="kept the old configuration", REASON=error)
+        self._note(self._count, error)
+
+
 def serve_api(config: Config, reread: Callable) -> int:
     """The HTTP API, until SIGTERM. `reread()` gives the configuration anew, at SIGHUP: all of it counts from
     then on but addresses, port, api_max_connections, and whether there is TLS. Raises ConfigError for what
     keeps it from starting."""
-    listeners = open_listeners(config.api_bind, config.api_port)
+    passed = take_passed_sockets()
+    listening = listen_where_possible(config.api_bind, config.api_port, passed)
+    close_unwanted(passed, listening)
+    note_listening((), listening)
     _become_api_user(config)
     raise_descriptor_limit()
     api = Api(config)
@@ -11117,35 +12046,17 @@ def serve_api(config: Config, reread: Callable) -> int:
     for warning in [*config.warnings, *(finding.what for finding in check_exposure(config))]:
         LOG.event("config-warn", MESSAGE=warning)
     policy = ServerPolicy(lambda address: True, _note_connection, api.refuse)
-    server = Server(listeners, context, api.handle, policy, config.api_max_connections)
+    server = Server(list(listening.sockets), context, api.handle, policy, config.api_max_connections)
 
-    def reload(*_: object) -> None:
-        try:
-            changed = reread()
-            context = load_api_context(changed)
-            api.use(changed)
-            if context is not None and config.api_cert:  # TLS or not was decided at the start
-                server.use_context(context)
-            LOG.event("reload", RESULT="ok")
-        except CtrlExecError as error:
-            LOG.event("reload", RESULT="kept the old configuration", REASON=error.message)
-
-    # Python runs a handler between two steps of its own: a signal that comes just before the wait for a new
-    # connection would be seen with that one only. So the wait itself is ended, by the signal's number.
-    caught, signalled = os.pipe()
-    os.set_blocking(signalled, False)
-    signal.set_wakeup_fd(signalled)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    signal.signal(signal.SIGHUP, reload)
-
-    def is_told_to_stop() -> bool:
-        return not {signal.SIGTERM, signal.SIGINT}.isdisjoint(os.read(caught, 512))
-
-    port = listeners[0].getsockname()[1]
+    reloads = _ApiReloads(config, api, server, reread)
+    signals = _ApiSignals(reloads.reload)
+    threading.Thread(
+        target=_keep_listening, args=(config, server, listening, signals.wake), daemon=True
+    ).start()
+    port = listening.sockets[0].getsockname()[1] if listening.sockets else config.api_port
     LOG.event("api-start", VERSION=__version__, PORT=port, TLS="yes" if context else "no", UID=os.geteuid())
-    tell_systemd("READY=1")
-    server.serve(caught, is_told_to_stop)
+    tell_systemd("READY=1\nSTATUS=" + one_line("; ".join(listening.faults) or "serving"))
+    server.serve(signals.descriptor, signals.is_told_to_stop)
     tell_systemd("STOPPING=1")
     api.stop()
     drained = server.drain(config.connect_timeout + config.read_timeout)
@@ -11197,9 +12108,15 @@ def say(text: str) -> None:
     _write_out((text + "\n").encode("utf-8", "backslashreplace"))
 
 
-def _warn(text: str) -> None:
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
+def warn(text: str, end: str = "\n") -> None:
+    """One line to standard error. Where that is closed or full, nobody reads it: what was asked for goes on,
+    and the exit status says how it went."""
+    if sys.stderr is not None:
+        try:
+            sys.stderr.write(text + end)
+            sys.stderr.flush()
+        except OSError:
+            pass
 
 
 def _say_json(value: dict) -> None:
@@ -11314,7 +12231,7 @@ def cmd_list_agents(args: Any, config: Config) -> int:
         agent for agent in agents if all(str(agent.tags.get(key)) == value for key, value in tags.items())
     ]
     for problem in problems:
-        _warn("ced: " + problem)
+        warn("ced: " + problem)
     if args.json:
         shown = []
         for agent in agents:
@@ -11345,7 +12262,7 @@ def cmd_unpair(args: Any, config: Config) -> int:
     if list_serials(agent):
         say("%s is unpaired; refused from now on: %s" % (agent.name, ", ".join(list_serials(agent))))
     else:
-        _warn("ced: the registry knows no serial of %s, so its certificate could not be revoked" % agent.name)
+        warn("ced: the registry knows no serial of %s, so its certificate could not be revoked" % agent.name)
     say("it still trusts this dispatcher until its agent is stopped or removed there")
     return 0
 
@@ -11459,7 +12376,7 @@ def _describe_request(terms: PairingTerms, request: PairingRequest) -> str:
 def cmd_list_requests(args: Any, config: Config) -> int:
     requests, problems = load_pairing_requests(config)
     for problem in problems:
-        _warn("ced: " + problem)
+        warn("ced: " + problem)
     terms = build_terms(config, OpenSSL(), "")
     if args.json:
         shown = [
@@ -11513,7 +12430,7 @@ def cmd_pairing_token(args: Any, config: Config) -> int:
         _say_json({"ok": True, "token": token, "ttl": args.ttl, "uses": args.uses, "name": pattern})
         return 0
     say(token)
-    _warn(
+    warn(
         "valid for %d s and %d use%s, while `ced pairing-mode` runs"
         % (args.ttl, args.uses, "" if args.uses == 1 else "s")
     )
@@ -11614,16 +12531,17 @@ class _PairingPrompt:
 
 
 def cmd_pairing_mode(args: Any, config: Config) -> int:
-    desk, terms, port = open_desk(config, args.allow_legacy)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    LOG.event("pairing-mode-start", PORT=port, LEGACY=args.allow_legacy)
-    ca = fingerprint(decode_pem(terms.ca, "CERTIFICATE"))
-    say("pairing mode on port %d; CA fingerprint %s" % (port, ca))
-    if args.allow_legacy:
-        say("warning: older agents are served. Their code is a hash of their request alone, and somebody in")
-        say("the middle finds another request with the same code in a second: only on a network you trust.")
-    say("on each host: cea request-pairing --dispatcher THIS-HOST     (here: quit or Ctrl-C to stop)")
+    desk, terms, port = open_desk(config, args.allow_legacy)
     try:
+        LOG.event("pairing-mode-start", PORT=port, LEGACY=args.allow_legacy)
+        ca = fingerprint(decode_pem(terms.ca, "CERTIFICATE"))
+        say("pairing mode on port %d; CA fingerprint %s" % (port, ca))
+        if args.allow_legacy:
+            say("warning: older agents are served. Their code is a hash of their request alone, and somebody")
+            say("in the middle finds another request with the same code in a second: only on a network you")
+            say("trust.")
+        say("on each host: cea request-pairing --dispatcher THIS-HOST     (here: quit or Ctrl-C to stop)")
         _PairingPrompt(config, desk, terms).run()
     except KeyboardInterrupt:
         pass
@@ -11638,14 +12556,16 @@ def cmd_pairing_mode(args: Any, config: Config) -> int:
 
 def _read_host_file(path: str) -> list:
     """Host words from a file, or from standard input for `-`: one or more a line, # begins a comment."""
+    if path == "-" and sys.stdin is None:
+        raise UsageError("standard input is closed", "the hosts were to come from there")
     try:
-        if path == "-":
-            text = sys.stdin.read(MAX_STATE_FILE)
-        else:
-            with open(path, encoding="utf-8") as file:  # a pipe will do
-                text = file.read(MAX_STATE_FILE)
+        # a pipe will do, so its size is not known beforehand
+        with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
+            text = file.read(MAX_HOST_FILE + 1).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError("%s: %s" % (path, getattr(error, "strerror", None) or "not UTF-8")) from None
+    if len(text) > MAX_HOST_FILE:
+        raise UsageError("%s: larger than %d bytes" % (path, MAX_HOST_FILE))
     words = [word for line in text.splitlines() for word in line.partition("#")[0].split()]
     if not words:
         raise UsageError("%s names no host" % ("standard input" if path == "-" else path))
@@ -11680,9 +12600,9 @@ def _user_name() -> str:
 
 def _find_token(args: Any) -> str:
     if args.token:
-        _warn("ced: everybody on this host can see a token on the command line; use ENVEXEC_TOKEN")
+        warn("ced: everybody on this host can see a token on the command line; use ENVEXEC_TOKEN")
         return args.token
-    return os.environ.get("ENVEXEC_TOKEN", "")
+    return as_given(os.environ.get("ENVEXEC_TOKEN", ""))
 
 
 class _Opened(NamedTuple):
@@ -11698,7 +12618,7 @@ def _open_dispatch(options: Any, config: Config, words: list, action: str, **det
     dispatcher = Dispatcher(config)
     agents, problems = dispatcher.select(_build_selection(options, words))
     for problem in problems:
-        _warn("ced: " + problem)
+        warn("ced: " + problem)
     context = HookContext(
         action,
         new_id(),
@@ -11717,7 +12637,7 @@ def _find_caretaker(config: Config) -> Optional[Caretaker]:
     try:
         return Caretaker(config)
     except CtrlExecError as error:
-        _warn("ced: certificates are not looked after: " + error.message)
+        warn("ced: certificates are not looked after: " + error.message)
         return None
 
 
@@ -11738,7 +12658,8 @@ def cmd_ping(args: Any, config: Config) -> int:
         days, colours[(number, 3)] = _render_days(str(result.answer.get("expiry", "")))
         colours[(number, 1)] = "green" if result.state == "ok" else "red"
         detail = result.error + (" (%s)" % result.hint if result.hint else "")
-        detail = detail or (result.note.what if result.note is not None else "")
+        notes = list_faults(result) + ([result.note.what] if result.note is not None else [])
+        detail = detail or "; ".join(notes)
         rows.append(
             (
                 result.host,
@@ -11844,8 +12765,13 @@ class _LiveOutput:
         if stream == "stdout":
             _write_out(data)
         elif sys.stderr is not None:
-            sys.stderr.buffer.write(data)
-            sys.stderr.flush()
+            try:
+                sys.stderr.buffer.write(data)
+                sys.stderr.flush()
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                raise OutputError("cannot write the output: %s" % error.strerror) from error
 
     def end(self, host: str) -> None:
         """Show the last line of a host's streams, if it had no end."""
@@ -11879,9 +12805,9 @@ def _explain_stop(args: Any, record: RequestRecord) -> None:
     if args.json:
         _say_json({"ok": False, "error": "interrupted", "reqid": record.reqid, "running": left})
     where = ", ".join(left) or "no host"
-    _warn("\nced: stopped waiting; the script may still run on %s (request %s)" % (where, record.reqid))
-    _warn("     to go on: ced wait %s, ced follow %s" % ((record.reqid,) * 2))
-    _warn("     to end it: ced cancel %s, or Ctrl-C again within 2 seconds" % record.reqid)
+    warn("\nced: stopped waiting; the script may still run on %s (request %s)" % (where, record.reqid))
+    warn("     to go on: ced wait %s, ced follow %s" % ((record.reqid,) * 2))
+    warn("     to end it: ced cancel %s, or Ctrl-C again within 2 seconds" % record.reqid)
 
 
 def _stop_waiting(args: Any, dispatcher: Dispatcher, context: HookContext) -> int:
@@ -11891,10 +12817,10 @@ def _stop_waiting(args: Any, dispatcher: Dispatcher, context: HookContext) -> in
         time.sleep(2)
         return 130
     except KeyboardInterrupt:
-        _warn("\nced: cancelling")
+        warn("\nced: cancelling")
     record = dispatcher.get_request(context.reqid)
     for result in dispatcher.cancel(record, context.username, context.token):
-        _warn(_render_cancelled(result))
+        warn(_render_cancelled(result))
     return 130
 
 
@@ -11956,7 +12882,7 @@ def cmd_run(args: Any, config: Config) -> int:
     if len(results) > 1 and not args.json:
         counts = ((state, sum(result.state == state for result in results)) for state in STATES)
         shown = ", ".join("%d %s" % (count, state) for state, count in counts if count)
-        _warn("%d hosts: %s" % (len(results), shown))
+        warn("%d hosts: %s" % (len(results), shown))
     return int(opened.spoiled or not well)
 
 
@@ -12024,7 +12950,7 @@ def cmd_follow(args: Any, config: Config) -> int:
             else:
                 _write_out(_render_block(result))
     except KeyboardInterrupt:
-        _warn("\nced: stopped following; to go on: ced follow %s" % context.reqid)
+        warn("\nced: stopped following; to go on: ced follow %s" % context.reqid)
         return 130
     return int(failed)
 
@@ -12050,7 +12976,7 @@ def cmd_cancel(args: Any, config: Config) -> int:
 def cmd_history(args: Any, config: Config) -> int:
     records, problems = list_request_records(config.runs_dir)
     for problem in problems:
-        _warn("ced: " + problem)
+        warn("ced: " + problem)
     records = records[: args.last or None]
     if args.json:
         _say_json({"ok": not problems, "runs": [render_request(record) for record in records]})
@@ -12097,6 +13023,20 @@ def cmd_serve(args: Any, config: Config) -> int:
     return serve_agent(args.config or "", config.root)
 
 
+def _reload(args: Any, path: str, what: str, hint: str) -> int:
+    pid = reload_service(path, what, hint)
+    if args.json:
+        _say_json({"ok": True, "pid": pid})
+    else:
+        say("the %s (process %d) has reloaded" % (what, pid))
+    return 0
+
+
+def cmd_reload(args: Any, config: Config) -> int:
+    hint = "start it: cea serve, or systemctl start ctrl-exec-agent"
+    return _reload(args, agent_lock_path(config), "agent", hint)
+
+
 def cmd_self_check(args: Any, config: Config) -> int:
     return _report_findings(check_agent(config), args.json)
 
@@ -12114,9 +13054,8 @@ def cmd_self_ping(args: Any, config: Config) -> int:
 
 
 def _confirm(question: str) -> bool:
-    sys.stderr.write(question)
-    sys.stderr.flush()
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
+    warn(question, end="")
+    return sys.stdin is not None and sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def _finish_pairing(config: Config, session: PairingSession, state: PairingState, ask: bool) -> int:
@@ -12139,26 +13078,28 @@ def _finish_pairing(config: Config, session: PairingSession, state: PairingState
         raise
     write_pairing_state(config, state._replace(status="stored"))
     LOG.event("pair-complete", REQID=state.reqid, DISPATCHER=decision["dispatcher_id"], SERIAL=info.serial)
-    _warn("paired as %s with dispatcher %s; certificate valid until %s"
+    warn("paired as %s with dispatcher %s; certificate valid until %s"
           % (", ".join(info.names), decision["dispatcher_id"], iso_time(info.not_after)))  # fmt: skip
-    pid = find_agent_pid(config)
-    if pid:
-        os.kill(pid, signal.SIGHUP)
-        _warn("the running agent (process %d) reloads" % pid)
-    else:
-        _warn("start the agent: cea serve, or systemctl enable --now ctrl-exec-agent")
+    path = agent_lock_path(config)
+    if find_serving(path) is None:
+        warn("start the agent: cea serve, or systemctl enable --now ctrl-exec-agent")
+        return 0
+    try:
+        warn("the running agent (process %d) has reloaded" % reload_service(path, "agent", ""))
+    except CtrlExecError as error:  # this host is paired all the same
+        warn("cea: %s" % error.message)
     return 0
 
 
 def _show_code(session: PairingSession, has_token: bool, background: bool) -> None:
     if session.legacy:
-        _warn("cea: the dispatcher is of an older release: this code is a hash of our request alone,")
-        _warn("     which somebody in the middle can imitate in a second")
+        warn("cea: the dispatcher is of an older release: this code is a hash of our request alone,")
+        warn("     which somebody in the middle can imitate in a second")
     if not has_token:
         if not background:  # which prints the id on standard output
-            _warn("request %s" % session.reqid)
-        _warn("pairing code: %s" % _spaced(session.code))
-        _warn("approve it on the dispatcher only if it shows the same code there")
+            warn("request %s" % session.reqid)
+        warn("pairing code: %s" % _spaced(session.code))
+        warn("approve it on the dispatcher only if it shows the same code there")
 
 
 def _wait_in_background(config: Config, session: PairingSession, state: PairingState) -> int:
@@ -12190,9 +13131,7 @@ def _must_ask(args: Any, token: str) -> bool:
         return False
     if not args.background and sys.stdin is not None and sys.stdin.isatty():
         return True
-    _warn(
-        "cea: nobody confirms the code on this side; --ca-fingerprint or a token would prove the dispatcher"
-    )
+    warn("cea: nobody confirms the code on this side; --ca-fingerprint or a token would prove the dispatcher")
     return False
 
 
@@ -12202,7 +13141,7 @@ def cmd_request_pairing(args: Any, config: Config) -> int:
     )
     token = os.environ.get("CTRL_EXEC_PAIRING_TOKEN", "")
     if args.token:
-        _warn("cea: everybody on this host can see a token on the command line; use CTRL_EXEC_PAIRING_TOKEN")
+        warn("cea: everybody on this host can see a token on the command line; use CTRL_EXEC_PAIRING_TOKEN")
         token = args.token
     name = args.name or socket.gethostname()
     if not HOST_NAME.fullmatch(name):
@@ -12286,6 +13225,11 @@ def cmd_pairing_status(args: Any, config: Config) -> int:
 def cmd_serve_api(args: Any, config: Config) -> int:
     path = config.path if args.config else ""
     return serve_api(config, lambda: load_config("dispatcher", path, config.root))
+
+
+def cmd_reload_api(args: Any, config: Config) -> int:
+    hint = "start it: ctrl-exec-api, or systemctl start ctrl-exec-api"
+    return _reload(args, api_lock_path(config), "API", hint)
 
 
 def cmd_check_api(args: Any, config: Config) -> int:
@@ -12469,6 +13413,7 @@ COMMANDS = (
     Command("agent", "serve", "run the agent, in the foreground", (
         _option("--foreground", action="store_true", help="log to standard error"),
     ), cmd_serve),
+    Command("agent", "reload", "have the running agent load its files anew", (_JSON,), cmd_reload),
     Command("agent", "request-pairing", "ask a dispatcher for a certificate", (
         _option("--dispatcher", required=True, metavar="HOST[:PORT]", help="where pairing-mode runs"),
         _option("--port", type=_port_option, default=PAIRING_PORT, metavar="P",
@@ -12495,6 +13440,7 @@ COMMANDS = (
     Command("api", "serve", "run the HTTP API, in the foreground (also without a verb)", (
         _option("--foreground", action="store_true", help="log to standard error"),
     ), cmd_serve_api),
+    Command("api", "reload", "have the running API load its files anew", (_JSON,), cmd_reload_api),
     Command("api", "check", "check files, certificates and registry", (_JSON,), cmd_check_api),
 )  # fmt: skip
 
@@ -12593,7 +13539,9 @@ def run_command(role: str, program: str, argv: list) -> int:
     if command is None:
         say(args)
         return 0
-    root = args.root or os.environ.get("CTRL_EXEC_ROOT", "")
+    if command.name != "serve":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
+    root = args.root or as_given(os.environ.get("CTRL_EXEC_ROOT", ""))
     root = os.path.abspath(root) if root else ""
     foreground = args.verbose or getattr(args, "foreground", False)
     LOG.open("ctrl-exec-" + role, under_root(root, ROOT_LOG) if root else "", foreground)
@@ -12602,7 +13550,7 @@ def run_command(role: str, program: str, argv: list) -> int:
         config = load_config(file, os.path.abspath(args.config) if args.config else "", root)
         if command.name != "serve":
             for warning in config.warnings:
-                _warn("%s: %s" % (program, warning))
+                warn("%s: %s" % (program, warning))
         return command.handler(args, config)
     except CtrlExecError as error:
         if getattr(args, "json", False):
@@ -12821,7 +13769,7 @@ def run_demo(keep: bool) -> int:
         _demo_run(demo)
         kept = keep
     except KeyboardInterrupt:
-        _warn("interrupted")
+        warn("interrupted")
         return 130
     finally:
         if kept:
@@ -12870,6 +13818,11 @@ def _run_role(argv: list) -> int:
         role = _ROLES.get(words[0], "")
         if role:
             program, words = "ctrl_exec.py " + words[0], words[1:]
+    if role in (
+        "agent",
+        "api",
+    ):  # one that comes while a service starts is for the service, and must not end it
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
     if role:
         return run_command(role, program, words)
     if "--version" in words:
@@ -12887,18 +13840,16 @@ def _run_role(argv: list) -> int:
 
 
 def _fail(program: str, error: CtrlExecError) -> int:
-    sys.stderr.write("%s: %s\n" % (program, printable(error.message)))
+    warn("%s: %s" % (program, printable(error.message)))
     if error.hint:
-        sys.stderr.write("%s  %s\n" % (" " * len(program), printable(error.hint)))
+        warn("%s  %s" % (" " * len(program), printable(error.hint)))
     return error.exit_code
 
 
 def _report_bug(program: str, error: BaseException) -> int:
     log_bug(error)
-    sys.stderr.write(
-        "%s: internal error (%s); the log has the details. Please report it with them.\n"
-        % (program, type(error).__name__)
-    )
+    what = "internal error (%s); the log has the details. Please report it with them."
+    warn("%s: %s" % (program, what % type(error).__name__))
     return EXIT_BUG
 
 
@@ -12914,6 +13865,7 @@ def _hold_standard_descriptors() -> None:
 
 def main(argv: list) -> int:
     """Run one command line (`argv[0]` is the name we were called by); returns the exit status."""
+    argv = [as_given(word) for word in argv]
     program = os.path.basename(argv[0])
     _hold_standard_descriptors()
     try:

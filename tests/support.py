@@ -101,6 +101,12 @@ class Program:
         assert "Traceback" not in done.err, done.err
         return done
 
+    def json(self, *words, **how):
+        """Run with --json before any `--`; returns (exit status, object)."""
+        at = words.index("--") if "--" in words else len(words)
+        done = self.run(*words[:at], "--json", *words[at:], **how)
+        return done.returncode, json.loads(done.out)
+
     def spawn(self, *words, env=None, **how):
         """Start a command and return the Popen; its group is its own."""
         return subprocess.Popen(self.argv(*words), env=self.environment(env), start_new_session=True, **how)
@@ -160,12 +166,6 @@ class Control(Program):
         atexit.register(shutil.rmtree, made[-1])
         for name in ("etc", "var"):
             subprocess.run(["cp", "-a", os.path.join(self.root, name), made[-1]], check=True)
-
-    def json(self, *words, **how):
-        """Run with --json before any `--`; returns (exit status, object)."""
-        at = words.index("--") if "--" in words else len(words)
-        done = self.run(*words[:at], "--json", *words[at:], **how)
-        return done.returncode, json.loads(done.out)
 
     def wait_for_lock(self):
         """Wait until a run holds a lock here and has written into it whose it is; the request's id."""

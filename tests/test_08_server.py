@@ -284,7 +284,7 @@ def test_a_client_that_is_sent_away_just_before_its_handshake_is_no_crash(deploy
     with socket.create_server(("127.0.0.1", 0)) as listener:
         with socket.create_connection(listener.getsockname()):
             raw, name = listener.accept()
-            connection = ctrl_exec._Connection(raw, *name)
+            connection = ctrl_exec._Connection(raw, *name, True)
             server._serve_connection(connection)
     assert noted == [("127.0.0.1", "silent")]
 
@@ -331,26 +331,6 @@ def test_tls_1_2_with_a_modern_cipher_is_served(deployment):
 
 
 # --- addresses ------------------------------------------------------------------------------------------
-
-
-def test_a_taken_port_is_one_sentence_and_status_78(fresh):
-    deployment = fresh(start=False)
-    solo = deployment["solo"]
-    with socket.create_server(("127.0.0.1", solo.port)):
-        done = solo.run("serve")
-    assert done.returncode == 78
-    first = done.err.splitlines()[0]
-    assert "cannot listen on 127.0.0.1 port %d: Address already in use" % solo.port in first
-    assert len(done.err.splitlines()) <= 2  # the sentence, and what to do
-
-
-def test_an_address_that_is_not_ours_is_one_sentence_and_status_78(fresh):
-    deployment = fresh(start=False)
-    solo = deployment["solo"]
-    solo.put(ctrl_exec.AGENT_ETC + "/agent.conf", "port = %d\nbind = 192.0.2.1\n" % solo.port, 0o640)
-    done = solo.run("serve")
-    assert done.returncode == 78
-    assert "192.0.2.1 port %d" % solo.port in done.err
 
 
 def test_a_taken_pairing_port_is_one_sentence_and_status_78(tmp_path):

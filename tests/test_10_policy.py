@@ -552,21 +552,55 @@ VOLUME, PROBE = Rate(10, 60, 300), Rate(3, 600, 3600)
 
 def make_gate(allowed=(), disabled=False, bound=4096):
     networks = tuple(ipaddress.ip_network(text) for text in allowed)
-    return AddressGate(networks, VOLUME, PROBE, disabled, bound)
+    return AddressGate(networks, VOLUME, PROBE, disabled, bound=bound)
+
+
+def is_open(gate, address):
+    """Whether any number of connections from an address is looked at."""
+    admitted = gate.admit(address)
+    gate.leave(address, admitted)
+    return admitted == ctrl_exec.OPEN
+
+
+def test_a_blocked_address_has_one_connection_at_a_time(clock, lines):
+    gate = make_gate()
+    for _ in range(3):
+        gate.count("192.0.2.1", "probe")
+    assert [gate.admit("192.0.2.1") for _ in range(3)] == [ctrl_exec.ALONE, ctrl_exec.CLOSED, ctrl_exec.CLOSED]
+    gate.leave("192.0.2.1", ctrl_exec.CLOSED)  # one that was turned away, or that was open before the block
+    gate.leave("192.0.2.1", ctrl_exec.OPEN)
+    assert gate.admit("192.0.2.1") == ctrl_exec.CLOSED
+    gate.leave("192.0.2.1", ctrl_exec.ALONE)
+    assert gate.admit("192.0.2.1") == ctrl_exec.ALONE
+    gate.trust("192.0.2.1")  # it was a dispatcher
+    assert gate.admit("192.0.2.1") == ctrl_exec.OPEN
+
+
+def test_an_address_that_is_not_allowed_has_no_connection_at_all(clock, lines):
+    gate = make_gate(("192.0.2.0/24",))
+    assert gate.admit("198.51.100.1") == ctrl_exec.CLOSED
+
+
+def test_an_address_that_dispatchers_have_used_before_is_not_blocked(clock, lines):
+    gate = AddressGate((), VOLUME, PROBE, False, ("192.0.2.1", "2001:db8::1"))
+    for address in ("192.0.2.1", "2001:db8::99"):
+        for _ in range(100):
+            gate.count(address, "probe")
+        assert gate.admit(address) == ctrl_exec.OPEN
 
 
 def test_an_address_is_blocked_by_more_than_the_volume_and_for_its_time(clock, lines):
     gate = make_gate()
     for _ in range(10):
         gate.count("192.0.2.1", "volume")
-    assert gate.admit("192.0.2.1")
+    assert is_open(gate, "192.0.2.1")
     gate.count("192.0.2.1", "volume")
-    assert not gate.admit("192.0.2.1")
-    assert gate.admit("192.0.2.2")
+    assert not is_open(gate, "192.0.2.1")
+    assert is_open(gate, "192.0.2.2")
     clock.now += 299
-    assert not gate.admit("192.0.2.1")
+    assert not is_open(gate, "192.0.2.1")
     clock.now += 2
-    assert gate.admit("192.0.2.1")
+    assert is_open(gate, "192.0.2.1")
     assert lines == [("rate-block", {"PEER": "192.0.2.1", "KIND": "volume", "SECONDS": 300})]
 
 
@@ -575,7 +609,7 @@ def test_the_volume_is_forgotten_after_its_window(clock, lines):
     for _ in range(100):
         gate.count("192.0.2.1", "volume")
         clock.now += 6.1  # never more than ten within a minute
-    assert gate.admit("192.0.2.1")
+    assert is_open(gate, "192.0.2.1")
     assert lines == []
 
 
@@ -583,13 +617,13 @@ def test_three_bad_handshakes_block_for_an_hour(clock, lines):
     gate = make_gate()
     for _ in range(2):
         gate.count("192.0.2.1", "probe")
-    assert gate.admit("192.0.2.1")
+    assert is_open(gate, "192.0.2.1")
     gate.count("192.0.2.1", "probe")
-    assert not gate.admit("192.0.2.1")
+    assert not is_open(gate, "192.0.2.1")
     clock.now += 3599
-    assert not gate.admit("192.0.2.1")
+    assert not is_open(gate, "192.0.2.1")
     clock.now += 2
-    assert gate.admit("192.0.2.1")
+    assert is_open(gate, "192.0.2.1")
     assert lines == [("rate-block", {"PEER": "192.0.2.1", "KIND": "probe", "SECONDS": 3600})]
 
 
@@ -611,10 +645,10 @@ class Interrupted:
 def test_failures_at_the_same_time_are_all_counted(clock, lines):
     gate = make_gate()
     for _ in range(6):
-        assert gate.admit("192.0.2.1")
+        assert is_open(gate, "192.0.2.1")
         gate._guard = Interrupted(lambda: gate.count("192.0.2.1", "volume"))
         gate.count("192.0.2.1", "volume")
-    assert not gate.admit("192.0.2.1")  # twelve within a minute
+    assert not is_open(gate, "192.0.2.1")  # twelve within a minute
     assert len(lines) == 1
 
 
@@ -626,7 +660,7 @@ def test_a_block_is_logged_once_and_a_shorter_one_does_not_cut_it(clock, lines):
         gate.count("192.0.2.1", "volume")
     assert len(lines) == 1
     clock.now += 3000
-    assert not gate.admit("192.0.2.1")
+    assert not is_open(gate, "192.0.2.1")
 
 
 def test_a_second_block_after_the_first_has_ended_is_logged_again(clock, lines):
@@ -634,9 +668,9 @@ def test_a_second_block_after_the_first_has_ended_is_logged_again(clock, lines):
     for _ in range(2):
         for _ in range(3):
             gate.count("192.0.2.1", "probe")
-        assert not gate.admit("192.0.2.1")
+        assert not is_open(gate, "192.0.2.1")
         clock.now += 4000
-        assert gate.admit("192.0.2.1")
+        assert is_open(gate, "192.0.2.1")
     assert len(lines) == 2
 
 
@@ -655,12 +689,12 @@ def test_an_address_of_a_trusted_dispatcher_is_never_blocked_and_gets_out_of_a_b
     for _ in range(50):
         gate.count("192.0.2.1", "volume")
         gate.count("192.0.2.1", "probe")
-    assert gate.admit("192.0.2.1")
+    assert is_open(gate, "192.0.2.1")
     assert lines == []
     for _ in range(3):
         gate.count("192.0.2.2", "probe")
     gate.trust("192.0.2.2")  # a connection from before the block has proved itself
-    assert gate.admit("192.0.2.2")
+    assert is_open(gate, "192.0.2.2")
 
 
 def test_disabled_means_no_counting_at_all(clock, lines):
@@ -668,7 +702,7 @@ def test_disabled_means_no_counting_at_all(clock, lines):
     for _ in range(100):
         gate.count("192.0.2.1", "volume")
         gate.count("192.0.2.1", "probe")
-    assert gate.admit("192.0.2.1")
+    assert is_open(gate, "192.0.2.1")
     assert lines == []
 
 
@@ -676,17 +710,17 @@ def test_all_of_an_ipv6_64_is_one_address_and_its_neighbour_another(clock, lines
     gate = make_gate()
     for number in range(3):
         gate.count("2001:db8:0:1::%x" % number, "probe")
-    assert not gate.admit("2001:db8:0:1:ffff::1")
-    assert gate.admit("2001:db8:0:2::1")
+    assert not is_open(gate, "2001:db8:0:1:ffff::1")
+    assert is_open(gate, "2001:db8:0:2::1")
     assert len(lines) == 1
 
 
 def test_an_address_with_a_zone_is_understood(clock, lines):
     gate = make_gate(["fe80::/10"])
-    assert gate.admit("fe80::1%eth0")
+    assert is_open(gate, "fe80::1%eth0")
     for _ in range(3):
         gate.count("fe80::1%eth0", "probe")
-    assert not gate.admit("fe80::1%eth0")
+    assert not is_open(gate, "fe80::1%eth0")
 
 
 @pytest.mark.parametrize(
@@ -706,8 +740,8 @@ def test_an_address_with_a_zone_is_understood(clock, lines):
 )
 def test_allowed_ips_takes_addresses_and_prefixes_of_any_length(lines, allowed, inside, outside):
     gate = make_gate(allowed)
-    assert all(gate.admit(address) for address in inside)
-    assert not any(gate.admit(address) for address in outside)
+    assert all(is_open(gate, address) for address in inside)
+    assert not any(is_open(gate, address) for address in outside)
     assert [fields["PEER"] for action, fields in lines if action == "ip-block"] == outside
 
 
@@ -715,7 +749,7 @@ def test_an_address_outside_is_logged_once_and_stays_outside_even_when_trusted(l
     gate = make_gate(["192.0.2.1"])
     gate.trust("192.0.2.2")
     for _ in range(5):
-        assert not gate.admit("192.0.2.2")
+        assert not is_open(gate, "192.0.2.2")
     assert lines == [("ip-block", {"PEER": "192.0.2.2"})]
 
 
@@ -732,7 +766,7 @@ def test_the_tables_are_bounded_whatever_comes(clock, lines):
         gate.admit("2001:db8:%x::1" % number)
     tables = [table for table in vars(gate).values() if isinstance(table, dict)]
     assert tables and all(len(table) <= 50 for table in tables)
-    assert not gate.admit("10.0.1.243")  # the latest is still blocked
+    assert not is_open(gate, "10.0.1.243")  # the latest is still blocked
 
 
 def test_what_one_address_is_remembered_by_is_bounded(clock, lines):
@@ -797,13 +831,33 @@ def test_bad_handshakes_block_the_address_and_a_reload_clears_it(fresh):
     assert solo.events("rate-block") == []
     probe(solo)
     wait_until(lambda: solo.events("rate-block"), what="the block")
-    code, answer = deployment.control.json("ping", "solo")
+    with socket.create_connection(("127.0.0.1", solo.port)):  # the one connection that a blocked address has
+        code, answer = deployment.control.json("ping", "solo")
     assert (code, answer["results"][0]["status"]) == (1, "unreachable")
     assert len(solo.events("tls-failure")) == 3
     assert len(solo.events("rate-block")) == 1
     assert "KIND=probe" in solo.events("rate-block")[0] and "PEER=127.0.0.1" in solo.events("rate-block")[0]
     assert "RESULT=ok" in solo.reload()
-    wait_until(lambda: deployment.control.json("ping", "solo")[0] == 0, what="the end of the block")
+    with socket.create_connection(("127.0.0.1", solo.port)):
+        wait_until(lambda: deployment.control.json("ping", "solo")[0] == 0, what="the end of the block")
+
+
+def test_a_dispatcher_behind_a_blocked_address_gets_through_and_is_known_from_then_on(fresh):
+    deployment = limited(fresh)
+    solo = deployment["solo"]
+    for _ in range(3):
+        probe(solo)
+    wait_until(lambda: solo.events("rate-block"), what="the block")
+    assert wait_until(lambda: deployment.control.json("ping", "solo")[0] == 0, what="the one connection")
+    for restart in (solo.reload, lambda: (solo.stop(), solo.process.wait(), solo.start())):
+        restart()
+        for _ in range(3):
+            probe(solo)
+        with socket.create_connection(("127.0.0.1", solo.port)):
+            assert deployment.control.json("ping", "solo")[0] == 0
+    assert len(solo.events("rate-block")) == 1
+    known = ctrl_exec.load_addresses(ctrl_exec.addresses_path(solo.config))
+    assert list(known) == ["127.0.0.1"]
 
 
 def test_connections_that_come_to_nothing_block_the_address(fresh):
@@ -813,7 +867,8 @@ def test_connections_that_come_to_nothing_block_the_address(fresh):
         socket.create_connection(("127.0.0.1", solo.port)).close()
     wait_until(lambda: solo.events("rate-block"), what="the block")
     assert "KIND=volume" in solo.events("rate-block")[0]
-    assert deployment.control.json("ping", "solo")[0] == 1
+    with socket.create_connection(("127.0.0.1", solo.port)):
+        assert deployment.control.json("ping", "solo")[0] == 1
     assert len(solo.events("rate-block")) == 1
 
 

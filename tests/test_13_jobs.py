@@ -311,7 +311,7 @@ def test_what_a_script_wrote_is_kept_however_late_its_end_is_seen(tmp_path, monk
     )
     handlers = {number: signal.getsignal(number) for number in (signal.SIGCHLD, signal.SIGUSR1)}
     try:
-        watch = ctrl_exec._Watch(started, b"", spools, 60, 0, None)
+        watch = ctrl_exec._Watch(started, b"", spools, 60, 0, None, list)
         watch.run()
     finally:
         for number, handler in handlers.items():
@@ -903,10 +903,14 @@ def test_a_run_that_cannot_be_recorded_is_refused_until_there_is_room(tmp_path, 
         ballast = fill(disk)
         mark, reqid = tmp_path / "mark", ctrl_exec.new_id()
         status, answer = site.ask("mark", str(mark), reqid=reqid)
-        assert status >= 500 and "No space left on device" in answer["error"], answer
+        assert (status, answer["exit"]) == (200, -1), answer
+        for word in ("not started", "No space left on device", "unrecorded=yes"):
+            assert word in answer["error"]
         assert not mark.exists()
         shown = site.control.json("run", "solo", "mark", "--", str(mark))[1]["results"][0]
         assert shown["exit"] == -1 and "No space left on device" in shown["error"]
+        status, history = site.control.json("history")
+        assert [list(run["hosts"].values())[0]["state"] for run in history["runs"]] == ["refused"]
         os.unlink(ballast)
         assert site.run("mark", str(mark), reqid=reqid)["exit"] == 0
         assert mark.read_text() == "x\n"

@@ -265,7 +265,7 @@ def test_a_new_certificate_is_stored_and_served_without_a_restart(host, caller, 
     assert os.stat(host.config.cert).st_mode & 0o777 == 0o644
     assert read(host.config.key) == key
     assert ask(host, caller, "/ping", reqid="p")[1]["expiry"] == expiry
-    assert ctrl_exec.find_agent_pid(host.config) == host.process.pid and host.process.poll() is None
+    assert ctrl_exec.find_serving(ctrl_exec.agent_lock_path(host.config)).pid == host.process.pid and host.process.poll() is None
     line = host.events("renew-complete")[-1]
     assert "DISPATCHER=control" in line and "REQID=renewal" in line and "SERIAL=" + info.serial in line
 
@@ -630,7 +630,7 @@ def test_an_added_serial_is_served_at_once_and_a_removed_one_refused_at_once(hos
     assert trusted(host) == {caller.serial: "control"}
     assert rotate(host, caller, "remove", second.serial)[1]["had"] is False
     assert not os.path.exists(host.config.revoked_serials)
-    assert ctrl_exec.find_agent_pid(host.config) == host.process.pid
+    assert ctrl_exec.find_serving(ctrl_exec.agent_lock_path(host.config)).pid == host.process.pid
     lines = host.events("rotate")[-4:]
     for change, line in zip(("add", "add", "remove", "remove"), lines):
         assert "CHANGE=%s DISPATCHER=control " % change in line and "SERIAL=" + second.serial in line

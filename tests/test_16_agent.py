@@ -156,15 +156,6 @@ def test_a_second_agent_on_the_same_state_directory_refuses_to_start(deployment)
     assert ping(deployment.control, deployment["alpha"])[0] == 200
 
 
-def test_an_agent_whose_port_is_taken_refuses_to_start(fresh):
-    host = fresh("solo", start=False)["solo"]
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", host.port))
-        taken.listen(1)
-        done = host.run("serve")
-    assert done.returncode == 78 and "127.0.0.1 port %d: Address already in use" % host.port in done.err
-
-
 # --- answers --------------------------------------------------------------------------------------------
 
 
@@ -427,7 +418,7 @@ def test_a_signal_that_comes_while_the_agent_starts_is_acted_on_and_ends_nothing
     deployment = fresh("solo", start=False)
     host = deployment["solo"]
     host.start(wait=False)
-    pid = wait_until(lambda: ctrl_exec.find_agent_pid(host.config), what="the agent's number in its lock")
+    pid = wait_until(lambda: ctrl_exec.find_serving(ctrl_exec.agent_lock_path(host.config)), what="the agent's number in its lock").pid
     os.kill(pid, signal.SIGHUP)
     wait_until(lambda: host.events("reload"), what="the reload")
     assert pid == host.process.pid and host.process.poll() is None

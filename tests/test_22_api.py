@@ -741,12 +741,95 @@ def test_what_keeps_it_from_starting_is_one_sentence(deployment, conf, said):
     assert len(done.err.splitlines()) <= 2
 
 
-def test_a_taken_port_and_a_host_without_identity(api, deployment, tmp_path):
-    done = api.run("--config", api.conf)
-    assert done.returncode == ctrl_exec.EXIT_CONFIG and "Address already in use" in done.err
+def test_a_host_without_identity(tmp_path):
     empty = support.Control(tmp_path / "empty", set_up=False)
     done = ApiServer(empty).run("--config", ApiServer(empty).conf)
     assert done.returncode == ctrl_exec.EXIT_CONFIG and "no such file" in done.err
+
+
+def lines_of(server, action, number):
+    """The first lines of an action that this process has logged, as soon as there are so many."""
+    mark = "ACTION=%s " % action
+    wait_until(lambda: len(server.events(action)) >= number, what="%d lines %s" % (number, mark))
+    return server.events(action)
+
+
+def test_an_api_waits_for_a_port_that_somebody_has(fresh):
+    deployment = fresh(start=False)
+    server = ApiServer(deployment.control)
+    with socket.create_server(("127.0.0.1", server.port)):
+        server.process = server.spawn("--config", server.conf, stdin=subprocess.DEVNULL)
+        assert "in use" in lines_of(server, "listen", 1)[0]
+    wait_until(server.answers, what="the port")
+    assert len(server.events("listen")) == 2 and "RESULT=ok" in server.events("listen")[1]
+    assert server.stop() == 0
+
+
+def test_a_hangup_while_the_api_starts_ends_nothing(fresh):
+    deployment = fresh(start=False)
+    for _ in range(5):
+        server = ApiServer(deployment.control)
+        server.process = server.spawn("--config", server.conf, stdin=subprocess.DEVNULL)
+        status = "/proc/%d/status" % server.process.pid
+        # blocked, and later caught
+        look = lambda: re.findall("Sig(?:Blk|Cgt):\\s*([0-9a-f]+)", open(status).read())  # noqa: E731
+        held = lambda: any(int(mask, 16) >> (signal.SIGHUP - 1) & 1 for mask in look())  # noqa: E731
+        wait_until(held, what="its first steps")
+        for _ in range(20):
+            server.process.send_signal(signal.SIGHUP)
+        wait_until(server.answers, what="the API")
+        assert server.stop() == 0
+
+
+def test_a_reload_of_the_api_waits_for_the_outcome(fresh):
+    deployment = fresh(start=False)
+    with ApiServer(deployment.control) as server:
+        done = server.run("--config", server.conf, "reload")
+        assert (done.returncode, done.out) == (0, "the API (process %d) has reloaded\n" % server.process.pid)
+        good = server.conf + ".good"
+        os.rename(server.conf, good)
+        server.configure("read_timeout = never\n")
+        done = server.run("--config", good, "reload")
+        assert done.returncode == 78 and "keeps its old configuration" in done.err
+    done = server.run("--config", good, "reload")
+    assert done.returncode == 1 and "no API serves here" in done.err
+
+
+def test_an_api_takes_the_socket_that_the_service_manager_holds(fresh):
+    deployment = fresh(start=False)
+    server = ApiServer(deployment.control)
+    script = (
+        "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ.update(LISTEN_FDS='1', "
+        "LISTEN_PID=str(os.getpid())); os.execv(sys.argv[2], sys.argv[2:])"
+    )
+    with socket.create_server(("127.0.0.1", server.port)) as held:
+        words = [sys.executable, "-c", script, str(held.fileno()), *server.argv("--config", server.conf)]
+        for _ in range(2):
+            server.process = subprocess.Popen(
+                words, env=server.environment(), stdin=subprocess.DEVNULL, pass_fds=[3, held.fileno()]
+            )
+            wait_until(server.answers, what="the API")
+            assert server.stop() == 0
+            with pytest.raises(OSError):
+                socket.create_server(("127.0.0.1", server.port)).close()
+    assert server.events("listen") == []
+    assert not any("socket" in line for line in server.events("config-warn"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: mounts")
+def test_an_api_on_a_read_only_disk_serves_what_it_can(fresh):
+    deployment = fresh()
+    server, state = ApiServer(deployment.control), deployment.control.file(ctrl_exec.VAR)
+    for words in (["--bind", state, state], ["-o", "remount,bind,ro", state]):
+        subprocess.run(["mount", *words], check=True)
+    try:
+        with server:
+            assert server.call("POST", "/ping", {"hosts": ["solo"]}).json["results"][0]["status"] == "ok"
+            refused = server.run_script(["solo"], "hello")
+            assert refused.status == 500 and "Read-only file system" in refused.json["error"]
+            assert deployment["solo"].events("run") == []
+    finally:
+        subprocess.run(["umount", "-l", state], check=True)
 
 
 def test_a_dangerous_configuration_is_warned_of(deployment):
