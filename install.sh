@@ -81,16 +81,34 @@ while [ "$prefix" != "${prefix%/}" ]; do prefix=${prefix%/}; done
 
 # --- the interpreter ----------------------------------------------------------------------------------
 
-# Print the absolute path of an interpreter that will do, or fail. $2 = all: everybody must be able to read
-# its library, because what faces the network gives up root and imports modules afterwards.
+# Print the absolute path of an interpreter that will do; or fail, and print what it lacks if that is all that
+# is amiss. $2 = all: everybody must be able to read its library, because what faces the network gives up root
+# and imports modules afterwards.
 probe_python() {
-    "$1" -I - "$2" 2>/dev/null <<'END'
+    "$1" -IS - "$2" "$here/ctrl_exec.py" 2>/dev/null <<'END'
 import os
+import re
 import sys
 
 if sys.version_info < (3, 9) or len(sys.executable.split()) != 1:
     sys.exit(1)
-import ssl
+
+# A system may have a part of the standard library only (python3-minimal), and the program imports much of it
+# late: each module that it imports anywhere is tried now.
+names = set()
+if os.path.exists(sys.argv[2]):
+    with open(sys.argv[2], encoding="utf-8") as file:
+        found = re.findall(r"(?m)^ *(?:import +([\w., ]+)|from +([\w.]+) +import )", file.read())
+    names = {name.split()[0] for pair in found for name in ",".join(pair).split(",") if name.strip()}
+missing = []
+for name in sorted(names | {"ssl"}):
+    try:
+        __import__(name)
+    except Exception:  # NameError, too: modules whose own imports fail half-way raise what they like
+        missing.append(name)
+if missing:
+    print(sys.executable, "cannot import", ", ".join(missing))
+    sys.exit(1)
 
 if sys.argv[1] == "all":
     for path in (os.path.realpath(os.__file__), os.path.realpath(sys.executable)):
@@ -103,28 +121,37 @@ END
 }
 
 # For an installation: a system interpreter before the one that happens to be first in somebody's PATH, which
-# may be a shim that works in his shell only, and by the name that survives the system's upgrades.
+# may be a shim that works in his shell only, and by the name that survives the system's upgrades. When it
+# fails it prints what the first one lacks for which a package is all that is needed.
 find_python() { # WHO
     if [ -n "${PYTHON:-}" ]; then
         probe_python "$PYTHON" "$1" || return 1
         return
     fi
+    lacking=''
     for candidate in /usr/bin/python3 /usr/local/bin/python3 python3 \
         python3.14 python3.13 python3.12 python3.11 python3.10 python3.9; do
-        if has "$candidate" && probe_python "$candidate" "$1" >/dev/null; then
+        if ! has "$candidate"; then
+            continue
+        elif answer=$(probe_python "$candidate" "$1"); then
             case $candidate in
-            /*) printf '%s\n' "$candidate" ;;
-            *) probe_python "$candidate" "$1" ;;
+            /*) answer=$candidate ;;
             esac
+            printf '%s\n' "$answer"
             return
         fi
+        lacking=${lacking:-$answer}
     done
+    printf '%s\n' "$lacking"
     return 1
 }
 
-refuse_python() { # WHAT NEEDS IT, WHO
+refuse_python() { # WHAT NEEDS IT, WHO, WHAT AN INTERPRETER LACKS
+    if [ -n "$3" ]; then
+        die 1 "$3: install the rest of its standard library (on Debian and Ubuntu, the package python3)"
+    fi
     where=${2:+, where every user can read it}
-    die 1 "$1 Python 3.9 or newer with its ssl module$where${PYTHON:+; $PYTHON is none}"
+    die 1 "$1 Python 3.9 or newer with its standard library$where${PYTHON:+; $PYTHON is none}"
 }
 
 need_openssl() {
@@ -158,7 +185,7 @@ make_test_environment() { # PYTHON CACHE
 if [ -n "$run_tests" ]; then
     [ -z "$dispatcher$agent$api$uninstall" ] || die 2 "--run-tests goes with no other option"
     python=$(probe_python "${PYTHON:-python3}" '') || python=$(find_python '') ||
-        refuse_python "the tests need" ''
+        refuse_python "the tests need" '' "$python"
     need_openssl
     cd "$here"
     temporary=''
@@ -338,7 +365,7 @@ if [ "$kind" != program ]; then
 fi
 who=''
 [ "$kind" != live ] || who=all
-python=$(find_python "$who") || refuse_python "an installation needs" "$who"
+python=$(find_python "$who") || refuse_python "an installation needs" "$who" "$python"
 need_openssl
 if [ "$kind" = live ] && ! has useradd && ! has adduser; then
     die 1 "neither useradd nor adduser is there to make the service users with: install the package passwd"

@@ -1,5 +1,6 @@
 """install.sh: what it puts where, what it leaves alone, and that what it installs works."""
 
+import ast
 import configparser
 import contextlib
 import hashlib
@@ -372,6 +373,96 @@ def test_a_python_that_is_too_old_is_refused(tmp_path):
     )  # as an older one answers: it knows no -I, or is below 3.9
     done = install(tmp_path / "stage", *BOTH, env={"PYTHON": str(tmp_path / "python3")})
     assert "Python 3.9" in refused(done, 1, tmp_path / "stage")
+
+
+def _imports():
+    """Every module that the program imports anywhere, also those that one function imports when it is called."""
+    nodes = list(ast.walk(ast.parse(read(REPOSITORY, "ctrl_exec.py"))))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return names | {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+
+
+def test_an_interpreter_is_asked_for_each_module_that_the_program_imports(tmp_path):
+    block = """
+import builtins, os, re, sys
+sys.argv = sys.argv[2:]
+there = builtins.__import__
+def no_more(name, scope=None, *rest, **more):
+    if scope is not None and scope.get("__name__") != "__main__" or name in ("os", "re", "sys"):
+        return there(name, scope, *rest, **more)
+    raise ImportError(name)
+builtins.__import__ = no_more
+exec(sys.stdin.read())
+"""
+    put(tmp_path / "block.py", block, 0o644)
+    bare = "#!/bin/sh\nexec '%s' -I '%s' \"$@\"\n" % (sys.executable, tmp_path / "block.py")
+    put(tmp_path / "python3", bare)
+    done = install(tmp_path / "stage", *BOTH, env={"PYTHON": str(tmp_path / "python3")})
+    said = refused(done, 1, tmp_path / "stage")
+    asked = set(re.search(r" cannot import ([\w, .]+):", said)[1].split(", "))
+    assert asked == _imports() - {"os", "re", "sys"}
+    assert asked <= set(getattr(sys, "stdlib_module_names", asked))
+
+
+def test_no_module_of_the_program_is_optional():
+    """install.sh refuses an interpreter without it: an import that may fail would need an exception there."""
+    program = ast.parse(read(REPOSITORY, "ctrl_exec.py"))
+    attempts = [node for node in ast.walk(program) if isinstance(node, ast.Try)]
+    caught = {
+        name.id
+        for attempt in attempts
+        if any(isinstance(node, (ast.Import, ast.ImportFrom)) for part in attempt.body for node in ast.walk(part))
+        for handler in attempt.handlers
+        for name in ast.walk(handler.type or ast.Name("BaseException"))
+        if isinstance(name, ast.Name)
+    }
+    assert not caught & {"ImportError", "ModuleNotFoundError"}
+
+
+def _python_without(top, *missing):
+    """An interpreter whose standard library is this one's without some modules, as python3-minimal is."""
+    version = "python%d.%d" % sys.version_info[:2]
+    library, extensions = os.path.dirname(os.__file__), os.path.dirname(importlib.util.find_spec("_json").origin)
+    gone = re.compile(r"(_?(%s))(\..*)?" % "|".join(missing))
+    kept = top / "lib" / version
+    for source, target in ((library, kept), (extensions, kept / "lib-dynload")):
+        target.mkdir(parents=True, exist_ok=True)
+        for name in os.listdir(source):
+            if not gone.fullmatch(name) and name not in ("lib-dynload", "__pycache__", "site-packages"):
+                os.symlink(os.path.join(source, name), str(target / name))
+    (top / "bin").mkdir()
+    shutil.copy(os.path.realpath(sys.executable), str(top / "bin/python3"))  # which looks for lib beside bin
+    return str(top / "bin/python3")
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        ("ctypes", "difflib", "hmac", "json", "queue", "resource", "shlex", "shutil"),  # Debian 11
+        ("ssl",),
+    ],
+    ids=len,
+)
+def test_a_python_with_a_part_of_the_standard_library_is_refused_and_told_what_is_missing(tmp_path, missing):
+    python = _python_without(tmp_path / "python", *missing)
+    done = install(tmp_path / "stage", *BOTH, env={"PYTHON": python})
+    said = refused(done, 1, tmp_path / "stage")
+    named = re.fullmatch(r"install\.sh: (\S+) cannot import ([\w, ]+): install the rest .* python3\)\n", said)
+    assert named and named[1] == python
+    assert set(missing) <= set(named[2].split(", ")) <= {*missing, "tempfile"}  # which needs shutil
+
+
+def test_another_python_is_taken_when_the_first_has_a_part_of_the_standard_library(tmp_path):
+    bare = _python_without(tmp_path / "python", "queue")
+    whole = "exec '%s' \"$@\"" % sys.executable
+    path = fake_path(tmp_path / "fake", **{"python3.9": whole})
+    script = tmp_path / "checkout/install.sh"
+    put(script, read(SCRIPT).replace("/usr/bin/python3 /usr/local/bin/python3 python3 ", bare + " "))
+    shutil.copy(os.path.join(REPOSITORY, "ctrl_exec.py"), str(tmp_path / "checkout"))
+    env = {"PYTHON": None, "PATH": path}
+    succeed(tmp_path / "stage", "--agent", script=script, env=env)
+    assert bare not in read(tmp_path, "stage", LIB, "launch")
+    assert run_program([str(tmp_path / "stage" / BIN / "cea"), "--version"]).returncode == 0
 
 
 def test_a_machine_without_openssl_is_refused(tmp_path):
