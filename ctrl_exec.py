@@ -304,9 +304,14 @@ class StorageError(CtrlExecError):
 
 
 class ProgramError(CtrlExecError):
-    """A helper program (openssl) failed; the message has the end of what it said."""
+    """A helper program (openssl) failed; the message has the end of what it said. `status` is its exit
+    status, None when it could not be run to its end: then it has decided nothing."""
 
     code = "program"
+
+    def __init__(self, message: str, hint: str = "", status: Optional[int] = None) -> None:
+        super().__init__(message, hint)
+        self.status = status
 
 
 class TransportError(CtrlExecError):
@@ -582,7 +587,8 @@ def become_user(user: str) -> None:
     if os.geteuid() != 0:
         return
     # Python itself may lie where only root can read: what the network side imports later, it imports now.
-    import base64, fnmatch, hashlib, hmac, ipaddress, shlex, subprocess, traceback  # noqa: E401, F401
+    import base64, fnmatch, hashlib, hmac, ipaddress  # noqa: E401, F401
+    import shlex, subprocess, tempfile, traceback  # noqa: E401, F401
 
     owner = find_service_owner(user) or Owner(65534, 65534)
     os.setgroups([])
@@ -1669,6 +1675,9 @@ class CertInfo(NamedTuple):
     names: tuple  # DNS names of subjectAltName
     not_before: float
     not_after: float
+    is_ca: bool = False
+    purposes: tuple = ()  # OIDs of extendedKeyUsage
+    public_key: bytes = b""  # SubjectPublicKeyInfo, DER
 
 
 # One profile per kind of certificate. Purposes are kept apart by extendedKeyUsage; the key identifiers
@@ -1729,13 +1738,13 @@ CN = {common_name}
 _CURVES = {"1.2.840.10045.3.1.7": "P-256", "1.3.132.0.34": "P-384", "1.3.132.0.35": "P-521"}
 _EC_KEY = "1.2.840.10045.2.1"
 _RSA_KEY = "1.2.840.113549.1.1.1"
-_SIGNATURES = {  # what a request may be signed with (RFC 5758, RFC 8017); MD5 and SHA-1 are not here
-    "1.2.840.10045.4.3.2": "ecdsa-sha256",
-    "1.2.840.10045.4.3.3": "ecdsa-sha384",
-    "1.2.840.10045.4.3.4": "ecdsa-sha512",
-    "1.2.840.113549.1.1.11": "rsa-sha256",
-    "1.2.840.113549.1.1.12": "rsa-sha384",
-    "1.2.840.113549.1.1.13": "rsa-sha512",
+_SIGNATURES = {  # what a request may be signed with (RFC 5758, RFC 8017), and its digest; no MD5, no SHA-1
+    "1.2.840.10045.4.3.2": "sha256",  # ECDSA
+    "1.2.840.10045.4.3.3": "sha384",
+    "1.2.840.10045.4.3.4": "sha512",
+    "1.2.840.113549.1.1.11": "sha256",  # RSA, PKCS #1 version 1.5
+    "1.2.840.113549.1.1.12": "sha384",
+    "1.2.840.113549.1.1.13": "sha512",
 }
 
 
@@ -1748,19 +1757,37 @@ def shorten_common_name(name: str) -> str:
     return name[:47] + "-" + hashlib.sha256(name.encode("ascii")).hexdigest()[:16]
 
 
+_BASE64_LINE = re.compile(r"[A-Za-z0-9+/]+={0,2}")
+
+
+def encode_pem(der: bytes, label: str) -> bytes:
+    """One PEM block (RFC 7468)."""
+    import base64
+
+    text = base64.b64encode(der).decode("ascii")
+    lines = [text[at : at + 64] for at in range(0, len(text), 64)]
+    return "\n".join(["-----BEGIN %s-----" % label, *lines, "-----END %s-----\n" % label]).encode("ascii")
+
+
 def decode_pem(text: str, label: str) -> bytes:
     """The DER inside one PEM block (RFC 7468). Raises ValueError when there is not exactly one."""
     import base64
 
-    pattern = r"\s*-----BEGIN %s-----\s+([A-Za-z0-9+/=\s]+?)-----END %s-----\s*" % (label, label)
-    hit = re.fullmatch(pattern, text, re.ASCII)
-    if not hit:
+    # Line by line: a pattern over the whole text would take quadratic time for a megabyte of blanks.
+    lines = [line.rstrip(" \t\r") for line in text.strip(" \t\r\n").split("\n")]
+    frame = ["-----BEGIN %s-----" % label, "-----END %s-----" % label]
+    # RFC 2045 allows lines of 76 characters; what openssl makes of longer ones differs between its releases
+    is_body = all(len(line) <= 76 and _BASE64_LINE.fullmatch(line) for line in lines[1:-1])
+    if [lines[0], lines[-1]] != frame or not is_body:
         raise ValueError("not one PEM block of type %s" % label)
-    return base64.b64decode("".join(hit[1].split()), validate=True)
+    return base64.b64decode("".join(lines[1:-1]), validate=True)
 
 
 def _read_der(data: bytes) -> list:
-    """The elements of a DER sequence's content as (tag, content) pairs. Raises ValueError when cut short."""
+    """The elements of a DER sequence's content as (tag, content) pairs.
+
+    Raises ValueError when it is cut short, or BER only: then `_encode_der` would not give the same bytes.
+    """
     elements = []
     at = 0
     while at < len(data):
@@ -1773,12 +1800,23 @@ def _read_der(data: bytes) -> list:
             if not 1 <= size <= 4 or at + size > len(data):
                 raise ValueError("DER length")
             length = int.from_bytes(data[at : at + size], "big")
+            if length < 0x80 or data[at] == 0:
+                raise ValueError("DER length")
             at += size
         if at + length > len(data):
             raise ValueError("DER cut short")
         elements.append((tag, data[at : at + length]))
         at += length
     return elements
+
+
+def _encode_der(tag: int, content: bytes) -> bytes:
+    """One element as DER (X.690 section 10.1)."""
+    size = len(content)
+    if size < 0x80:
+        return bytes((tag, size)) + content
+    length = size.to_bytes((size.bit_length() + 7) // 8, "big")
+    return bytes((tag, 0x80 | len(length))) + length + content
 
 
 def _read_oid(content: bytes) -> str:
@@ -1795,24 +1833,86 @@ def _read_oid(content: bytes) -> str:
 
 
 _BASIC_CONSTRAINTS, _KEY_USAGE, _SUBJECT_KEY_ID = "2.5.29.19", "2.5.29.15", "2.5.29.14"
+_ALTERNATIVE_NAMES, _EXTENDED_KEY_USAGE = "2.5.29.17", "2.5.29.37"
+_COMMON_NAME = "2.5.4.3"
+_CLIENT_PURPOSES = ("1.3.6.1.5.5.7.3.2", "2.5.29.37.0")  # clientAuth, anyExtendedKeyUsage
 
 
-def _read_extensions(der: bytes) -> frozenset:
-    """OIDs of a certificate's extensions (RFC 5280 section 4.1); version 1 has none. Raises ValueError."""
+def _read_certificate_fields(der: bytes) -> list:
+    """A certificate's fields from the serial on (RFC 5280 section 4.1). Raises ValueError, IndexError."""
     ((_, certificate),) = _read_der(der)
-    for tag, content in _read_der(_read_der(certificate)[0][1]):
+    fields = _read_der(_read_der(certificate)[0][1])
+    return fields[fields[0][0] == 0xA0 :]  # [0] is the version, which a certificate of version 1 leaves out
+
+
+def _read_extensions(fields: list) -> dict:
+    """A certificate's extensions, OID to value; version 1 has none. Raises ValueError, IndexError."""
+    found = {}
+    for tag, content in fields[6:]:
         if tag == 0xA3:
             ((_, extensions),) = _read_der(content)
-            return frozenset(_read_oid(_read_der(extension)[0][1]) for _, extension in _read_der(extensions))
-    return frozenset()
+            for _, extension in _read_der(extensions):
+                parts = _read_der(extension)  # the OID, whether it is critical, the value
+                found[_read_oid(parts[0][1])] = parts[-1][1]
+    return found
 
 
 def is_strict_ca(der: bytes) -> bool:
     """Whether a CA certificate has what VERIFY_X509_STRICT demands; those of older releases have not."""
     try:
-        return {_BASIC_CONSTRAINTS, _KEY_USAGE, _SUBJECT_KEY_ID} <= _read_extensions(der)
+        extensions = _read_extensions(_read_certificate_fields(der))
+        return {_BASIC_CONSTRAINTS, _KEY_USAGE, _SUBJECT_KEY_ID} <= extensions.keys()
     except (ValueError, IndexError):
         return False
+
+
+def _read_time(element: tuple) -> float:
+    """UTCTime or GeneralizedTime (RFC 5280 section 4.1.2.5) in seconds since the epoch. Raises ValueError."""
+    tag, content = element
+    text = content.decode("ascii", "replace")
+    if tag == 0x17:  # UTCTime: 50 to 99 are the years of the century before
+        text = ("19" if text >= "50" else "20") + text
+    hit = re.fullmatch(r"([0-9]{4})([0-9]{2})([0-9]{2})([0-9]{2})([0-9]{2})([0-9]{2})Z", text, re.ASCII)
+    if not hit:
+        raise ValueError("DER time")
+    return parse_iso_time("%s-%s-%sT%s:%s:%sZ" % hit.groups())
+
+
+def _read_common_name(name: bytes) -> str:
+    """The last, most specific, commonName of a Name (RFC 5280 section 4.1.2.4); none is empty."""
+    found = ""
+    for _, parts in _read_der(name):
+        for _, pair in _read_der(parts):
+            (_, oid), (tag, value) = _read_der(pair)
+            if _read_oid(oid) == _COMMON_NAME:
+                found = value.decode("utf-16-be" if tag == 0x1E else "utf-8", "replace")  # 0x1E: BMPString
+    return found
+
+
+def parse_certificate_der(der: bytes) -> CertInfo:
+    """What a certificate says (RFC 5280 section 4.1). Raises TrustError when it is none."""
+    try:
+        fields = _read_certificate_fields(der)
+        (_, serial), _, _, (_, validity), (_, subject), (key_tag, key) = fields[:6]
+        not_before, not_after = map(_read_time, _read_der(validity))
+        extensions = _read_extensions(fields)
+        empty = _encode_der(0x30, b"")
+        names, purposes, constraints = (
+            _read_der(_read_der(extensions.get(oid, empty))[0][1])
+            for oid in (_ALTERNATIVE_NAMES, _EXTENDED_KEY_USAGE, _BASIC_CONSTRAINTS)
+        )
+        return CertInfo(
+            "%x" % int.from_bytes(serial, "big"),
+            _read_common_name(subject),
+            tuple(name.decode("ascii", "replace") for tag, name in names if tag == 0x82),  # [2] dNSName
+            not_before,
+            not_after,
+            (0x01, b"\xff") in constraints,
+            tuple(_read_oid(oid) for _, oid in purposes),
+            _encode_der(key_tag, key),
+        )
+    except (ValueError, IndexError) as error:
+        raise TrustError("not a certificate") from error
 
 
 def split_pem(text: str) -> list:
@@ -1821,6 +1921,14 @@ def split_pem(text: str) -> list:
     if text.strip() and not blocks:
         raise ValueError("there is no PEM certificate in it")
     return [ssl.DER_cert_to_PEM_cert(decode_pem(block, "CERTIFICATE")) for block in blocks]
+
+
+def parse_certificate(pem: bytes) -> CertInfo:
+    """What the first certificate in a PEM text says. Raises TrustError when there is none."""
+    try:
+        return parse_certificate_der(decode_pem(split_pem(pem.decode("ascii", "replace"))[0], "CERTIFICATE"))
+    except (ValueError, IndexError) as error:
+        raise TrustError("not a certificate") from error
 
 
 def _check_request_key(key_info: bytes) -> None:
@@ -1841,10 +1949,20 @@ def _check_request_key(key_info: bytes) -> None:
         raise ValueError("its key is neither EC nor RSA")
 
 
-def check_request_form(pem: str) -> bytes:
-    """Check a certificate request's size, key and signature algorithm; return its DER.
+class CertRequest(NamedTuple):
+    """A certificate request (PKCS #10, RFC 2986 section 4), its parts as DER."""
 
-    The structure is PKCS #10 (RFC 2986 section 4). Raises TrustError saying what is wrong with it.
+    der: bytes
+    signed: bytes  # what the signature is over: CertificationRequestInfo
+    public_key: bytes  # SubjectPublicKeyInfo
+    digest: str
+    signature: bytes
+
+
+def parse_request(pem: str) -> CertRequest:
+    """Take a certificate request apart, and check its size, key and signature algorithm.
+
+    Raises TrustError saying what is wrong with it.
     """
     if len(pem) > MAX_CSR:
         raise TrustError("the certificate request is larger than %d bytes" % MAX_CSR)
@@ -1853,18 +1971,27 @@ def check_request_form(pem: str) -> bytes:
     try:
         der = decode_pem(pem, "CERTIFICATE REQUEST")
         ((_, request),) = _read_der(der)
-        info, algorithm, _signature = _read_der(request)
-        _check_request_key(_read_der(info[1])[2][1])
-        if _read_oid(_read_der(algorithm[1])[0][1]) not in _SIGNATURES:
+        (tag, info), (_, algorithm), (_, signature) = _read_der(request)
+        key_tag, key = _read_der(info)[2]
+        _check_request_key(key)
+        digest = _SIGNATURES.get(_read_oid(_read_der(algorithm)[0][1]))
+        if digest is None:
             raise ValueError("it is not signed with SHA-256 or better")
     except (ValueError, IndexError, TypeError) as error:
         reason = str(error) if isinstance(error, ValueError) else "it is not PKCS #10"
         raise TrustError("the certificate request is refused: %s" % reason) from error
-    return der
+    # a BIT STRING begins with the number of its unused bits
+    return CertRequest(der, _encode_der(tag, info), _encode_der(key_tag, key), digest, signature[1:])
 
 
-# The system's openssl.cnf decides nothing here: what we need is in our own text above.
-_OPENSSL_ENVIRONMENT = {"PATH": SAFE_PATH, "LC_ALL": "C", "OPENSSL_CONF": "/dev/null"}
+def _openssl_environment() -> dict:
+    """What openssl finds in its environment. The system's configuration holds for it as it does for Python's
+    ssl (it may demand FIPS); what we issue is in our own text above, which no configuration changes."""
+    passed = ("OPENSSL_CONF", "OPENSSL_MODULES")
+    site = {name: os.environ[name] for name in passed if name in os.environ}
+    # `openssl verify` trusts the CAs that it finds in these, beside the one that it is given
+    nowhere = {"SSL_CERT_DIR": "/dev/null", "SSL_CERT_FILE": "/dev/null"}
+    return {"PATH": SAFE_PATH, "LC_ALL": "C", **nowhere, **site}
 
 
 def read_certificate_file(path: str) -> bytes:
@@ -1883,19 +2010,13 @@ def read_certificate_der(path: str) -> bytes:
         raise TrustError("%s: %s" % (path, error)) from error
 
 
-def parse_der_serial(der: bytes) -> str:
-    """The serial of a certificate, canonical (RFC 5280 section 4.1). Raises ValueError, IndexError."""
-    ((_, certificate),) = _read_der(der)
-    content = _read_der(_read_der(certificate)[0][1])  # [0] the version, if it is not 1; then the serial
-    return "%x" % int.from_bytes(content[content[0][0] == 0xA0][1], "big")
-
-
-def read_serial(path: str) -> str:
-    """The serial of the certificate in a file, canonical, without starting openssl. Raises TrustError."""
+def read_certificate(path: str) -> CertInfo:
+    """What the certificate in a PEM file says. Raises TrustError when there is none."""
+    pem = read_certificate_file(path)
     try:
-        return parse_der_serial(read_certificate_der(path))
-    except (ValueError, IndexError) as error:
-        raise TrustError("%s: not a certificate" % path) from error
+        return parse_certificate(pem)
+    except TrustError as error:
+        raise TrustError("%s: %s" % (path, error.message)) from error
 
 
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
@@ -1922,7 +2043,12 @@ class _WorkDirectory:
     def __enter__(self) -> "_WorkDirectory":
         import tempfile
 
-        self._path = tempfile.mkdtemp(prefix="ctrl-exec-")
+        try:
+            self._path = tempfile.mkdtemp(prefix="ctrl-exec-")
+        except OSError as error:
+            message = "cannot make a directory for temporary files: %s" % error.strerror
+            hint = "make room, or set TMPDIR to a directory that can be written to"
+            raise StorageError(message, hint) from error
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -1948,21 +2074,51 @@ class OpenSSL:
         self._binary = binary
 
     def _run(self, *options: str, stdin: bytes = b"") -> bytes:
+        """What openssl prints. Raises ProgramError when it cannot be run or its exit status is not 0."""
         argv = [self._binary, *options]
         try:
-            done = run_program(argv, stdin=stdin, env=_OPENSSL_ENVIRONMENT, timeout=OPENSSL_SECONDS)
+            done = run_program(argv, stdin=stdin, env=_openssl_environment(), timeout=OPENSSL_SECONDS)
         except OSError as error:
             hint = "install the openssl package" if error.errno == errno.ENOENT else ""
             raise ProgramError("cannot run openssl: %s" % error.strerror, hint) from error
         if done.status is None:
             raise ProgramError("openssl %s did not end within %d s" % (options[0], OPENSSL_SECONDS))
         if done.status != 0:
-            said = one_line(done.stderr.decode("utf-8", "replace").strip()[-400:])
-            raise ProgramError("openssl %s failed: %s" % (options[0], said))
+            said = one_line(b" ".join((done.stdout, done.stderr)).decode("utf-8", "replace").strip()[-400:])
+            raise ProgramError("openssl %s failed: %s" % (options[0], said), status=done.status)
         return done.stdout
 
     def version(self) -> str:
         return self._run("version").decode("ascii", "replace").strip()
+
+    def try_out(self) -> str:
+        """Make a CA, a request and a certificate, and verify them, with keys that are thrown away afterwards:
+        whether the openssl of this host does what we need. Returns its version.
+
+        Raises ProgramError.
+        """
+        version = self.version()
+        try:
+            with _WorkDirectory() as work:
+                ca_key, key = (work.put(name, self.new_key("ec")) for name in ("ca.key", "try.key"))
+                ca = self.sign_ca(ca_key, "ctrl-exec check", 2).encode("ascii")
+                ca_cert = work.put("ca.crt", ca)
+                request = self.new_request(key, "check")
+                self.check_request(request)
+                certificate = self.sign(request, "check", "agent", 1, ca_cert, ca_key).encode("ascii")
+                self.check_chain(certificate, ca, "sslserver")
+                self.check_key_match(certificate, key)
+                # It must be able to say no as well.
+                if self._is_signed(parse_request(request)._replace(signed=b"another request")):
+                    raise ProgramError("it accepts a request that its key has not signed")
+                other = self.sign_ca(key, "ctrl-exec check", 2).encode("ascii")
+                if self._find_fault(certificate, other, "sslserver") is None:
+                    raise ProgramError("it accepts a certificate that the CA has not signed")
+        except CtrlExecError as error:
+            message = "the openssl program here (%s) does not do what ctrl-exec needs: %s"
+            hint = "install OpenSSL, 1.1.1 or newer"
+            raise ProgramError(message % (version, error.message), hint) from error
+        return version
 
     def new_key(self, kind: str) -> bytes:
         """A new private key as PEM: `ec` is P-256, `rsa` 3072 bits."""
@@ -1987,13 +2143,25 @@ class OpenSSL:
 
     def check_request(self, pem: str) -> bytes:
         """Check a request's form and that it is signed by its own key; return its DER. Raises TrustError."""
-        der = check_request_form(pem)
-        # The exit status says nothing before OpenSSL 3.2; what it prints to stderr does.
-        argv = [self._binary, "req", "-verify", "-noout"]
-        done = run_program(argv, pem.encode("ascii"), _OPENSSL_ENVIRONMENT, OPENSSL_SECONDS)
-        if done.status != 0 or b"verify OK" not in done.stderr:
+        request = parse_request(pem)
+        if not self._is_signed(request):
             raise TrustError("the certificate request is refused: it is not signed by its own key")
-        return der
+        return request.der
+
+    def _is_signed(self, request: CertRequest) -> bool:
+        # Not by `openssl req -verify`: before OpenSSL 3.2 its exit status says nothing, and from then on its
+        # words are on another stream.
+        with _WorkDirectory() as work:
+            key = work.put("key.pem", encode_pem(request.public_key, "PUBLIC KEY"))
+            signature = work.put("signature", request.signature)
+            options = ("-" + request.digest, "-verify", key, "-signature", signature)
+            try:
+                self._run("dgst", *options, stdin=request.signed)
+            except ProgramError as error:
+                if error.status is None:
+                    raise
+                return False
+        return True
 
     def sign_ca(self, key_path: str, name: str, days: int) -> str:
         """A self-signed CA certificate for the key at `key_path`, as PEM."""
@@ -2006,7 +2174,7 @@ class OpenSSL:
         """A certificate for the key in `request`, as PEM: its name and extensions come from here alone."""
         if not os.path.exists(ca_key):
             raise TrustError("%s: no such file" % ca_key, "do this on the host that has the CA's key")
-        days_left = int((self.read_certificate(ca_cert).not_after - now()) // 86400)
+        days_left = int((read_certificate(ca_cert).not_after - now()) // 86400)
         if days_left < 1:
             raise TrustError("%s: the CA certificate has expired" % ca_cert)
         with _WorkDirectory() as work:
@@ -2033,33 +2201,15 @@ class OpenSSL:
         )  # fmt: skip
         return text.decode("ascii")
 
-    def read_certificate(self, path: str) -> CertInfo:
-        """What the certificate in a PEM file says. Raises TrustError when there is none."""
-        pem = read_certificate_file(path)
-        try:
-            return self.parse_certificate(pem)
-        except ProgramError as error:
-            raise TrustError("%s: not a certificate" % path) from error
-
-    def parse_certificate(self, pem: bytes) -> CertInfo:
-        """What a PEM certificate says. Raises ProgramError when it is none."""
-        options = ("-serial", "-startdate", "-enddate", "-subject", "-nameopt", "multiline,utf8")
-        text = self._run("x509", "-noout", *options, "-ext", "subjectAltName", stdin=pem)
-        out = text.decode("utf-8", "replace")
-        facts = dict(line.partition("=")[::2] for line in out.splitlines())
-        common = re.search(r"^ +commonName *= (.*)", out, re.MULTILINE)
-        alternative = out.rpartition("Subject Alternative Name")[2]
-        return CertInfo(
-            facts["serial"].lower().lstrip("0") or "0",
-            common[1] if common else "",
-            tuple(re.findall(r"DNS:([^,\s]+)", alternative)),
-            parse_openssl_time(facts["notBefore"]),
-            parse_openssl_time(facts["notAfter"]),
-        )
-
     def check_chain(self, pem: bytes, ca: bytes, purpose: str) -> None:
         """Raise TrustError unless the certificate chains to one of the CAs for `purpose`: sslserver,
         sslclient or any."""
+        fault = self._find_fault(pem, ca, purpose)
+        if fault is not None:
+            raise TrustError("the certificate is refused: " + fault)
+
+    def _find_fault(self, pem: bytes, ca: bytes, purpose: str) -> Optional[str]:
+        """Why a certificate does not chain to one of the CAs, in openssl's words; None when it does."""
         cas = split_pem(ca.decode("ascii", "replace"))
         strict = all(is_strict_ca(decode_pem(one, "CERTIFICATE")) for one in cas)
         with _WorkDirectory() as work:
@@ -2069,34 +2219,27 @@ class OpenSSL:
             try:
                 self._run("verify", *options, "-purpose", purpose, "-CAfile", ca_path, path)
             except ProgramError as error:
+                if error.status is None:
+                    raise
                 reason = re.search(r"error \d+ at \d+ depth lookup: *([^\\]*)", error.message)
-                raise TrustError(
-                    "the certificate is refused: %s" % (reason[1] if reason else "no chain")
-                ) from error
+                return reason[1] if reason else "no chain"
+        return None
 
     def check_no_client(self, pem: bytes) -> None:
         """Raise TrustError for a certificate that names the purpose of a dispatcher's."""
-        if b"Client Authentication" in self._run("x509", "-noout", "-ext", "extendedKeyUsage", stdin=pem):
+        if set(parse_certificate(pem).purposes) & set(_CLIENT_PURPOSES):
             raise TrustError("the certificate is refused: its purpose is a dispatcher's")
-
-    def public_key(self, pem: bytes) -> bytes:
-        """The public key in a certificate, as PEM."""
-        return self._run("x509", "-noout", "-pubkey", stdin=pem)
-
-    def request_key(self, pem: str) -> bytes:
-        """The public key in a certificate request, as PEM."""
-        return self._run("req", "-noout", "-pubkey", stdin=pem.encode("ascii"))
 
     def find_key(self, pem: bytes, paths: list) -> str:
         """Which of these private keys the certificate was issued for. Raises TrustError when it is none, and
         StorageError for a key that cannot be read."""
-        public = self.public_key(pem)
+        public = parse_certificate(pem).public_key
         for path in paths:
             try:
                 key = read_file(path)
             except FileNotFoundError:
                 raise TrustError("%s: no such file" % path) from None
-            if self._run("pkey", "-pubout", stdin=key) == public:
+            if self._run("pkey", "-pubout", "-outform", "DER", stdin=key) == public:
                 return path
         raise TrustError("the certificate does not belong to the key %s" % paths[0])
 
@@ -2109,10 +2252,10 @@ class OpenSSL:
         whoever believes the one may believe the other (as in RFC 4210 section 4.4)."""
         self.check_chain(endorsement, cas, "any")
         self.check_chain(successor, successor, "any")
-        for pem in (endorsement, successor):
-            if b"CA:TRUE" not in self._run("x509", "-noout", "-ext", "basicConstraints", stdin=pem):
-                raise TrustError("the successor of the CA is no CA")
-        if self.public_key(endorsement) != self.public_key(successor):
+        endorsed, itself = parse_certificate(endorsement), parse_certificate(successor)
+        if not (endorsed.is_ca and itself.is_ca):
+            raise TrustError("the successor of the CA is no CA")
+        if endorsed.public_key != itself.public_key:
             raise TrustError("the known CA has endorsed another successor")
 
 
@@ -2397,12 +2540,12 @@ def new_ca(openssl: OpenSSL, ca_cert: str, kind: str, name: str) -> CertInfo:
     except BaseException:
         os.unlink(key)  # ours, and nothing was signed with it: half a CA would only block the next attempt
         raise
-    return openssl.read_certificate(ca_cert)
+    return read_certificate(ca_cert)
 
 
 def name_cas(cas: list) -> str:
     """A name for a set of CAs, to see whether two hosts believe the same: their serials."""
-    return ",".join(sorted(parse_der_serial(decode_pem(pem, "CERTIFICATE")) for pem in cas))
+    return ",".join(sorted(parse_certificate(pem.encode("ascii")).serial for pem in cas))
 
 
 def endorsement_path(ca_cert: str) -> str:
@@ -2421,7 +2564,7 @@ def new_successor(openssl: OpenSSL, ca_cert: str, kind: str, name: str) -> CertI
     new_key_file(openssl, key, kind)  # there may be one: nobody has believed it yet
     if not os.path.exists(cert):
         write_atomic(cert, openssl.sign_ca(key, name, CA_DAYS).encode("ascii"), mode=0o644, durable=True)
-    info = openssl.read_certificate(cert)
+    info = read_certificate(cert)
     request = openssl.new_request(key, info.common_name)
     word = openssl.sign(request, info.common_name, "ca", CA_DAYS, ca_cert, ca_key_path(ca_cert))
     write_atomic(endorsement_path(ca_cert), word.encode("ascii"), mode=0o644, durable=True)
@@ -2450,7 +2593,7 @@ def retire_ca(openssl: OpenSSL, ca_cert: str) -> str:
     certificate's. Called again, it finishes what was interrupted. Raises StorageError, TrustError."""
     key = ca_key_path(ca_cert)
     settle_next(openssl, ca_cert, key)
-    kept = sibling_path(ca_cert, "retired-" + read_serial(ca_cert))
+    kept = sibling_path(ca_cert, "retired-" + read_certificate(ca_cert).serial)
     if os.path.exists(next_path(ca_cert)):
         write_atomic(ca_key_path(kept), read_file(key), mode=0o600, durable=True)
         write_atomic(kept, read_certificate_file(ca_cert), mode=0o644, durable=True)
@@ -2472,13 +2615,13 @@ def new_dispatcher_identity(
     request = openssl.new_request(identity.key, name)
     pem = openssl.sign(request, name, "dispatcher", days, identity.ca, ca_key_path(identity.ca))
     write_atomic(identity.cert, pem.encode("ascii"), mode=0o644, durable=True)
-    return openssl.read_certificate(identity.cert)
+    return read_certificate(identity.cert)
 
 
 def check_identity(openssl: OpenSSL, identity: Identity, purpose: str, group: str = "") -> CertInfo:
     """Check an identity on disk whole: modes, chain, purpose, dates, key. Raises TrustError."""
     check_key_mode(identity.key, group)
-    info = openssl.read_certificate(identity.cert)
+    info = read_certificate(identity.cert)
     pem = read_certificate_file(identity.cert)
     try:
         openssl.check_chain(pem, "".join(load_cas(identity.ca)).encode("ascii"), purpose)
@@ -2572,12 +2715,24 @@ def _load_ca(context: ssl.SSLContext, path: str) -> None:
 def _check_ca(openssl: OpenSSL, path: str, pem: str, hint: str) -> Iterator[Finding]:
     try:
         openssl.check_chain(pem.encode("ascii"), pem.encode("ascii"), "any")
-        yield check_expiry(path, openssl.parse_certificate(pem.encode("ascii")), hint)
-    except (TrustError, ProgramError) as error:
+        yield check_expiry(path, parse_certificate(pem.encode("ascii")), hint)
+    except TrustError as error:
         yield Finding("FAIL", "%s: %s" % (path, error.message), error.hint or hint)
     if not is_strict_ca(decode_pem(pem, "CERTIFICATE")):
         what = "%s is of an older release: it has no extensions, and for it alone strict verification is off"
         yield Finding("WARN", what % path, "move on: ced setup-ca --next, ced maintain, ced retire-ca")
+
+
+def check_openssl(openssl: OpenSSL) -> Finding:
+    """Whether the openssl program of this host does what we need."""
+    try:
+        version = openssl.try_out()
+    except ProgramError as error:
+        return Finding("FAIL", error.message, error.hint)
+    if not version.startswith("OpenSSL "):
+        what = "openssl is %s, which ctrl-exec is not tested with; it does what ctrl-exec needs" % version
+        return Finding("WARN", what, "if something about certificates fails, install OpenSSL 1.1.1 or newer")
+    return Finding("OK", "openssl makes, signs and verifies certificates (%s)" % version)
 
 
 def check_cas(openssl: OpenSSL, ca_cert: str, hint: str) -> list:
@@ -5983,10 +6138,10 @@ class Custodian:
         self._openssl.check_chain(pem, text, "sslserver")
         self._openssl.check_no_client(pem)
         self._openssl.check_key_match(pem, identity.key)
-        info = self._openssl.parse_certificate(pem)
+        info = parse_certificate(pem)
         if self._custody.host.lower() not in [name.lower() for name in info.names or (info.common_name,)]:
             raise TrustError("the certificate is for another name than %s" % self._custody.host)
-        present = self._openssl.read_certificate(identity.cert)
+        present = read_certificate(identity.cert)
         if info.not_before < present.not_before - BACKDATE_SECONDS:  # or a revoked one could be put back
             raise TrustError("the certificate is older than the present one")
         if believed != held:
@@ -6184,7 +6339,7 @@ def load_bundle(config_path: str, root: str, previous: Optional[Bundle]) -> Bund
     identity = get_agent_identity(config)
     context = new_server_context(identity, verify_clients=True, group=AGENT_USER)
     _recognise_self_ping(context, config)
-    info = OpenSSL().read_certificate(identity.cert)
+    info = read_certificate(identity.cert)
     host = info.names[0] if info.names else info.common_name
     refused = trusted if revoked is None else revoked
     valid = {serial: dispatcher for serial, dispatcher in trusted.items() if serial not in refused}
@@ -6634,9 +6789,11 @@ def _check_own_name(path: str, info: CertInfo) -> Finding:
 
 
 def _check_agent_identity(config: Config) -> list:
-    """Our certificate, its key, and the CAs that we believe."""
-    findings: list = []
+    """The openssl program, our certificate, its key, and the CAs that we believe."""
     openssl, identity = OpenSSL(), agent_identity(config)
+    findings = [check_openssl(openssl)]
+    if findings[0].level == "FAIL":  # or what is wrong with it would be said of the certificates
+        return findings + check_keys(identity.key, AGENT_USER)
     info = try_check(
         findings, "identity %s" % identity.cert,
         lambda: check_identity(openssl, identity, "sslserver", AGENT_USER), _PAIR_ANEW,
@@ -6718,7 +6875,7 @@ def ping_self(config: Config) -> CertInfo:
     The handshake stops before its last message, so that the agent sees a connection that was closed, and
     not one that tried to get in without a certificate.
     """
-    info = OpenSSL().read_certificate(get_agent_identity(config).cert)
+    info = read_certificate(get_agent_identity(config).cert)
     context = new_probe_context(config.ca)
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     try:
@@ -7773,7 +7930,7 @@ def build_terms(config: Config, openssl: OpenSSL, desk: str, allow_legacy: bool 
     """Who this dispatcher is, for the front and for computing codes. Raises TrustError."""
     ca = read_certificate_file(find_signer(config, openssl)).decode("ascii", "replace")
     return PairingTerms(
-        ca, config.dispatcher_id, read_serial(config.cert), allow_legacy, config.pairing_timeout,
+        ca, config.dispatcher_id, read_certificate(config.cert).serial, allow_legacy, config.pairing_timeout,
         config.pairing_max_queue, desk,
     )  # fmt: skip
 
@@ -7805,7 +7962,7 @@ def approve_pairing(
         terms = build_terms(config, openssl, request.desk)
         signer = find_signer(config, openssl)
         certificate = openssl.sign(request.csr, name, "agent", config.cert_days, signer, ca_key_path(signer))
-        info = openssl.parse_certificate(certificate.encode("ascii"))
+        info = parse_certificate(certificate.encode("ascii"))
         agent = Agent(
             name=name,
             hostname=request.hostname,
@@ -8204,7 +8361,7 @@ class PairingSession:
             ca_pem, pem = decision["ca"].encode("ascii"), decision["cert"].encode("ascii")
             self._openssl.check_chain(pem, ca_pem, "sslserver")
             self._openssl.check_key_match(pem, config.key)
-            info = self._openssl.parse_certificate(pem)
+            info = parse_certificate(pem)
         except (TrustError, ProgramError, ValueError) as error:
             raise PairingDenied("the certificate is not believed: %s" % error) from error
         if not self._is_known_ca(decision["ca"]):
@@ -8674,7 +8831,7 @@ class HostClient:
     def _introduce(self, agent: Agent, reqid: str) -> Any:
         """Have the agent trust our present certificate, on the word of an earlier one that it knows. Returns
         what to go on with: the present one, the earlier one with an agent too old to learn, or None."""
-        body = {"serial": read_serial(self._identity.cert), "action": "add", "reqid": reqid}
+        body = {"serial": read_certificate(self._identity.cert).serial, "action": "add", "reqid": reqid}
         requests = [("/rotate-serial", body)]
         handover = load_handover(self._identity.ca)
         if handover:  # or it could not verify our present certificate
@@ -8860,7 +9017,7 @@ class Dispatcher:
     def authorise(self, context: HookContext) -> None:
         """Ask the hook, if there is one. Raises Denied."""
         if self._hook is not None:
-            serial = read_serial(self._config.cert)
+            serial = read_certificate(self._config.cert).serial
             self._hook.decide(
                 context._replace(dispatcher=self._config.dispatcher_id, dispatcher_serial=serial)
             )
@@ -9378,8 +9535,8 @@ class Caretaker:
     def load(self) -> None:
         """See which certificates there are."""
         cert, ca = self._config.cert, self._config.ca
-        self.serial = read_serial(cert)
-        self.next_serial = read_serial(next_path(cert)) if os.path.exists(next_path(cert)) else ""
+        self.serial = read_certificate(cert).serial
+        self.next_serial = read_certificate(next_path(cert)).serial if os.path.exists(next_path(cert)) else ""
         self.rotation = load_rotation(rotation_path(self._config))
         self.cas = name_cas(load_cas(ca))  # that every host should believe
         self.handover = load_handover(ca)
@@ -9476,11 +9633,11 @@ class Caretaker:
         if status != 200 or type(csr) is not str:
             raise TrustError("it gave no certificate request: %s" % _quote_error(status, answer))
         self._openssl.check_request(csr)
-        if self._openssl.request_key(csr) != self._openssl.public_key(visit.session.peer_pem()):
+        if parse_request(csr).public_key != parse_certificate(visit.session.peer_pem()).public_key:
             raise TrustError("its certificate request is for another key than it holds")
         name, days = visit.agent.cert_name, self._config.cert_days
         pem = self._openssl.sign(csr, name, "agent", days, self.signer, ca_key_path(self.signer))
-        info = self._openssl.parse_certificate(pem.encode("ascii"))
+        info = parse_certificate(pem.encode("ascii"))
         # before it leaves: whatever becomes of the answer, `unpair` refuses all that the host may hold
         self._update(visit, lambda known: with_issued(known, info, self.issuer))
         return pem
@@ -9505,7 +9662,7 @@ class Caretaker:
             return Finding(
                 "OK", "it has heard of the CA's successor" if self.handover else "it has the new CA"
             )
-        info = self._openssl.parse_certificate(certificate.encode("ascii"))
+        info = parse_certificate(certificate.encode("ascii"))
         self._update(visit, lambda known: with_certificate(known, info, self.issuer))
         LOG.event("renew-complete", HOST=visit.agent.name, REQID=visit.reqid, SERIAL=info.serial)
         return Finding("OK", "its certificate is renewed until %s" % iso_time(info.not_after)[:10])
@@ -9582,7 +9739,8 @@ class Rotator:
             settle_next(self._openssl, self._config.ca, ca_key_path(self._config.ca))
         remove_temporaries(os.path.dirname(self._identity.key))
         self._caretaker.load()
-        kept = {read_serial(former.cert) for former in find_former(self._identity)} - {self._caretaker.serial}
+        kept = {read_certificate(former.cert).serial for former in find_former(self._identity)}
+        kept.discard(self._caretaker.serial)
         known = self._caretaker.rotation.former
         if kept != set(known):  # a call was killed, or somebody has moved files away
             former = {serial: entry for serial, entry in known.items() if serial in kept}
@@ -9600,7 +9758,7 @@ class Rotator:
         new_key_file(self._openssl, key, self._config.key_type)
         own = os.stat(self._identity.key)
         if os.path.exists(cert):
-            info = self._openssl.read_certificate(cert)
+            info = read_certificate(cert)
             if not info.not_before <= now() < info.not_after:  # made when this host's clock was wrong
                 os.unlink(cert)
         os.chown(key, own.st_uid, own.st_gid)  # whoever may read the present key may read the next
@@ -9636,7 +9794,7 @@ class Rotator:
         LOG.event("rotate", SERIAL=serial, FORMER=former, HOSTS=len(agents), UNTOLD=len(untold))
         self._dispatcher.client.load()
         self._caretaker.load()
-        until = iso_time(self._openssl.read_certificate(self._identity.cert).not_after)[:10]
+        until = iso_time(read_certificate(self._identity.cert).not_after)[:10]
         words = (serial, until, former, self._config.cert_overlap_days)
         findings = [Finding("OK", "certificate %s is in use until %s; %s stays trusted for %d days" % words)]
         for name in untold:
@@ -9673,7 +9831,7 @@ class Rotator:
 
     def _retire_one(self, serial: str, gone: set) -> list:
         kept = former_identity(self._identity, serial)
-        ends = self._openssl.read_certificate(kept.cert).not_after if os.path.exists(kept.cert) else 0.0
+        ends = read_certificate(kept.cert).not_after if os.path.exists(kept.cert) else 0.0
         findings = []
         waiting = [agent for agent in self._caretaker.agents() if agent.name not in gone]
         stale = [agent for agent in waiting if agent.dispatcher_serial != self._caretaker.serial]
@@ -9790,7 +9948,7 @@ class Upkeep:
             elif not any(os.path.exists(path) for path in (next_path(ca_key_path(ca)), endorsement_path(ca))):
                 raise TrustError("%s has no successor" % ca, "first: ced setup-ca --next")
             kept = retire_ca(self._openssl, ca)
-            LOG.event("rotate", CA=read_serial(ca), FORMER=os.path.basename(kept))
+            LOG.event("rotate", CA=read_certificate(ca).serial, FORMER=os.path.basename(kept))
             self._dispatcher.client.load()
             self._caretaker.load()
             hint = "destroy its key: %s" % ca_key_path(kept)
@@ -9836,7 +9994,7 @@ class Upkeep:
 
     def _is_rotation_due(self) -> bool:
         """Whether the certificate ends soon, was being replaced, or is of a CA that hosts can do without."""
-        info = self._openssl.read_certificate(self._identity.cert)
+        info = read_certificate(self._identity.cert)
         if self._caretaker.next_serial or info.not_after - now() < self._config.cert_renewal_days * 86400:
             return True
         if not self._caretaker.handover or not all(map(self._caretaker.knows_cas, self._caretaker.agents())):
@@ -9873,7 +10031,7 @@ class Upkeep:
     def status(self) -> dict:
         """Which certificates of this dispatcher there are, and which of them each host knows."""
         care = self._caretaker
-        info = self._openssl.read_certificate(self._identity.cert)
+        info = read_certificate(self._identity.cert)
         names = {agent.name for agent in self._caretaker.agents()}
         overlap = self._config.cert_overlap_days
         former = [
@@ -10027,8 +10185,10 @@ def check_dispatcher(config: Config) -> list:
     """Everything the dispatcher depends on, one Finding each."""
     openssl = OpenSSL()
     findings = [Finding("WARN", warning, "mend it in %s" % config.path) for warning in config.warnings]
-    findings += [Finding("OK", describe_config(config)), *_check_own_ca(config, openssl)]
-    findings += _check_own_identity(config, openssl) + check_places(_control_places(config))
+    findings += [Finding("OK", describe_config(config)), check_openssl(openssl)]
+    if findings[-1].level != "FAIL":  # or what is wrong with openssl would be said of the CA
+        findings += _check_own_ca(config, openssl) + _check_own_identity(config, openssl)
+    findings += check_places(_control_places(config))
     revoked = try_check(
         findings, "revocation list", lambda: load_revoked(config.revoked_serials), "mend that line"
     )
@@ -10864,7 +11024,7 @@ class Api:
         made_of = _signature([path])
         if self._expiries.get(path, ((), 0))[0] != made_of:
             try:
-                self._expiries[path] = (made_of, OpenSSL().read_certificate(path).not_after)
+                self._expiries[path] = (made_of, read_certificate(path).not_after)
             except CtrlExecError:
                 return None
         return self._expiries[path][1]
@@ -10999,7 +11159,7 @@ def check_api(config: Config) -> list:
     if config.api_cert or config.api_key:
         what, hint = "TLS of the API %s" % config.api_cert, "mend it, or take out api_cert and api_key"
         if try_check(findings, what, lambda: load_api_context(config), hint) is not None:
-            info = OpenSSL().read_certificate(config.api_cert)
+            info = read_certificate(config.api_cert)
             findings.append(check_expiry(config.api_cert, info, "have it issued anew, then SIGHUP"))
         findings += check_places((Place(config.api_cert), Place(config.api_key)))
     if find_dispatcher_hook(config) is None and config.api_auth_default == "deny":
@@ -12082,7 +12242,7 @@ def cmd_pairing_status(args: Any, config: Config) -> int:
         states = [state for state in states if state.reqid == args.id]
         if not states:
             raise NotFound("no pairing request %s was made here" % one_line(args.id[:80]))
-    info = OpenSSL().read_certificate(config.cert) if os.path.exists(config.cert) else None
+    info = read_certificate(config.cert) if os.path.exists(config.cert) else None
     trusted = load_trust_map(config.trusted_dispatchers_path)
     paired = info is not None and bool(trusted)
     if args.json:

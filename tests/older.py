@@ -8,12 +8,18 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from typing import NamedTuple
 
 import ctrl_exec
 import support
 
 CONFIG = "[req]\ndistinguished_name = dn\nprompt = no\n[dn]\nCN = %s\n"  # nothing asks for extensions
+
+
+def sequence(*elements):
+    """A DER SEQUENCE."""
+    return ctrl_exec._encode_der(0x30, b"".join(elements))
 
 
 class Identity(NamedTuple):
@@ -36,8 +42,10 @@ class OlderSite:
         self.bits = bits
         os.makedirs(self.top, exist_ok=True)
         self.ca, self.ca_key = self.path("ca.crt"), self.path("ca.key")
-        self._openssl("req", "-x509", "-new", "-key", self._key("ca"), "-sha256", "-days", "3650",
-                      "-config", self._config("ca", "ctrl-exec CA"), "-out", self.ca)  # fmt: skip
+        key = self._key("ca")
+        self._openssl("req", "-new", "-sha256", "-key", key, "-config", self._config("ca", "ctrl-exec CA"),
+                      "-out", self.path("ca.csr"))  # fmt: skip
+        self._write_certificate(self.path("ca.csr"), self.ca, key, days=3650)
         self.dispatcher = self.issue("dispatcher")
 
     def path(self, name):
@@ -55,7 +63,7 @@ class OlderSite:
         self._openssl("req", "-new", "-sha256", "-key", key, "-config", config, "-out", request)
         cert = self.path(name + ".crt")
         self._sign(request, cert, by)
-        return Identity(cert, key, ctrl_exec.read_serial(cert))
+        return Identity(cert, key, ctrl_exec.read_certificate(cert).serial)
 
     def sign(self, csr):
         """The certificate for a request, both as PEM: what an older dispatcher sends to renew one."""
@@ -103,10 +111,34 @@ class OlderSite:
         return path
 
     def _sign(self, request, cert, by=None):
-        signer = (by.cert, by.key) if by else (self.ca, self.ca_key)
-        serial = "0x55" + os.urandom(15).hex()
-        self._openssl("x509", "-req", "-sha256", "-days", "365", "-in", request, "-out", cert,
-                      "-CA", signer[0], "-CAkey", signer[1], "-set_serial", serial)  # fmt: skip
+        signer = by or Identity(self.ca, self.ca_key, "")
+        self._write_certificate(request, cert, signer.key, issued_by=signer.cert)
+
+    def _write_certificate(self, request, path, key, days=365, issued_by=""):
+        """Sign a certificate of version 1 (RFC 5280 section 4.1), which openssl itself makes up to 3.1 only."""
+        with open(request, encoding="ascii") as file:
+            asked = ctrl_exec.parse_request(file.read())
+        subject = ctrl_exec._encode_der(*ctrl_exec._read_der(ctrl_exec._read_der(asked.signed)[0][1])[1])
+        issuer = subject
+        if issued_by:
+            fields = ctrl_exec._read_certificate_fields(ctrl_exec.read_certificate_der(issued_by))
+            issuer = ctrl_exec._encode_der(*fields[4])
+        dates = [time.strftime("%y%m%d%H%M%SZ", time.gmtime(at)) for at in (time.time(), time.time() + days * 86400)]
+        algorithm = sequence(bytes.fromhex("06092a864886f70d01010b0500"))  # sha256WithRSAEncryption, NULL
+        body = sequence(
+            ctrl_exec._encode_der(0x02, b"\x55" + os.urandom(15)),
+            algorithm,
+            issuer,
+            sequence(*(ctrl_exec._encode_der(0x17, date.encode()) for date in dates)),
+            subject,
+            asked.public_key,
+        )
+        signature = subprocess.run(
+            ["openssl", "dgst", "-sha256", "-sign", key], input=body, capture_output=True, timeout=120, check=True
+        ).stdout
+        der = sequence(body, algorithm, ctrl_exec._encode_der(0x03, b"\0" + signature))
+        with open(path, "wb") as file:
+            file.write(ctrl_exec.encode_pem(der, "CERTIFICATE"))
 
     def _copy(self, source, target, mode):
         os.makedirs(os.path.dirname(target), exist_ok=True)

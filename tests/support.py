@@ -175,7 +175,7 @@ class Control(Program):
         return locks[0]["reqid"]
 
     def serial(self):
-        return ctrl_exec.OpenSSL().read_certificate(self.config.cert).serial
+        return ctrl_exec.read_certificate(self.config.cert).serial
 
     def register(self, host):
         """Give a host what pairing would: its certificate, the CA, our serial, and an entry in the registry."""
@@ -189,7 +189,7 @@ class Control(Program):
         with open(self.config.ca, "rb") as file:
             ctrl_exec.write_atomic(identity.ca, file.read(), mode=0o644)
         ctrl_exec.add_trusted(host.config.trusted_dispatchers_path, self.serial(), "control")
-        info = openssl.read_certificate(identity.cert)
+        info = ctrl_exec.read_certificate(identity.cert)
         agent = ctrl_exec.Agent(
             host.name, host.name, "127.0.0.1", host.port, "ip", host.name, info.serial,
             ctrl_exec.iso_time(info.not_after), ctrl_exec.iso_time(time.time()),

@@ -1,10 +1,12 @@
 """The CA: what it makes, what it signs, and which requests it refuses."""
 
 import base64
+import json
 import os
 import random
 import re
 import secrets
+import shutil
 import ssl
 import stat
 import subprocess
@@ -210,7 +212,7 @@ def test_a_second_setup_ca_at_the_same_moment_does_not_destroy_the_first(tmp_pat
 
     with pytest.raises(CtrlExecError):
         ctrl_exec.new_ca(Late(), ca_cert, "ec", "Second")
-    assert openssl.read_certificate(ca_cert).serial == made[0].serial
+    assert ctrl_exec.read_certificate(ca_cert).serial == made[0].serial
     assert os.path.exists(ctrl_exec.ca_key_path(ca_cert))
     openssl.check_key_match(read(ca_cert), ctrl_exec.ca_key_path(ca_cert))
 
@@ -280,6 +282,172 @@ def test_a_missing_openssl_is_said_in_a_sentence(tmp_path):
         ctrl_exec.OpenSSL(str(tmp_path / "none")).new_key("ec")
     assert "openssl" in caught.value.message
     assert "install" in caught.value.hint
+
+
+# --- whichever openssl there is ------------------------------------------------------------------------
+
+
+def fake(top, body):
+    """A program in openssl's place; `"$real" "$@"` is the real one."""
+    path = os.path.join(str(top), "openssl-%s" % secrets.token_hex(4))
+    with open(path, "w", encoding="ascii") as file:
+        file.write('#!/bin/sh\nreal=%s\n%s\n' % (shutil.which("openssl"), body))
+    os.chmod(path, 0o755)
+    return ctrl_exec.OpenSSL(path)
+
+
+MUTE = '"$real" "$@" 2>/dev/null'  # as if all that is not data had gone to the other stream, or nowhere
+FLATTERER = '"$real" "$@"; status=$?; echo "verify OK" >&2; echo "Verified OK: CA:TRUE" >&2; exit $status'
+
+
+@pytest.mark.parametrize("body", [MUTE, FLATTERER])
+def test_what_openssl_says_beside_its_data_decides_nothing(ca, issued, tmp_path, body):
+    odd = fake(tmp_path, body)
+    for key in (ca.ec, ca.rsa):
+        request = ca.ask(key)
+        assert odd.check_request(request) == unarmour(request)
+        broken = bytearray(unarmour(request))
+        broken[-1] ^= 1
+        assert "own key" in refusal(odd, armour(bytes(broken)))
+    certificate = odd.sign(ca.ask(), "web-1", "agent", 365, ca.cert, ca.key).encode()
+    odd.check_chain(certificate, read(ca.cert), "sslserver")
+    other = odd.sign_ca(ca.ec, "Other CA", 10).encode()
+    for wrong, authority, purpose in (
+        (certificate, other, "sslserver"),
+        (certificate, read(ca.cert), "sslclient"),
+    ):
+        with pytest.raises(TrustError):
+            odd.check_chain(wrong, authority, purpose)
+    with pytest.raises(TrustError):
+        odd.check_endorsement(certificate, read(ca.cert), other)
+    assert odd.try_out() == odd.version()
+
+
+@pytest.mark.parametrize(
+    "body, said",
+    [
+        ('case $1 in dgst) "$real" "$@"; exit 0;; esac; "$real" "$@"', "its key has not signed"),
+        ('case $1 in verify) "$real" "$@"; exit 0;; esac; "$real" "$@"', "the CA has not signed"),
+        ('case $1 in dgst) exit 1;; esac; "$real" "$@"', "not signed by its own key"),
+        ('case $1 in ca) echo "ca: unknown option" >&2; exit 1;; esac; "$real" "$@"', "ca: unknown option"),
+        ('case $1 in genpkey) exit 0;; esac; "$real" "$@"', "openssl"),
+    ],
+)
+def test_an_openssl_that_does_not_do_what_we_need_is_found_out(tmp_path, body, said):
+    with pytest.raises(ProgramError) as caught:
+        fake(tmp_path, body).try_out()
+    assert "does not do what ctrl-exec needs" in caught.value.message and said in caught.value.message
+    assert "1.1.1" in caught.value.hint
+
+
+def check_with(control, top, body, mode=0o755):
+    """`ced check` with another openssl first in the fixed PATH: (exit status, findings by level)."""
+    path = os.path.join(str(top), "openssl")
+    with open(path, "w", encoding="ascii") as file:
+        file.write("#!/bin/sh\nreal=%s\n%s\n" % (shutil.which("openssl"), body))
+    os.chmod(path, mode)
+    lines = (
+        "import sys; sys.path.insert(0, %r); sys.argv[0] = 'ced'; import ctrl_exec; ctrl_exec.SAFE_PATH = %r"
+        "; ctrl_exec.leave(ctrl_exec.main(sys.argv))"
+    ) % (os.path.dirname(ctrl_exec.__file__), str(top))
+    words = [sys.executable, "-I", "-c", lines, "--root", control.root, "check", "--json"]
+    done = subprocess.run(words, capture_output=True, timeout=120, cwd="/")
+    return done.returncode, json.loads(done.stdout)["findings"]
+
+
+def test_check_says_what_is_wrong_with_openssl_and_does_not_advise_a_new_ca(deployment, tmp_path):
+    broken = 'case $1 in version) echo "OpenSSL 3.2.0";; *) exit 127;; esac'
+    for body, mode, said in (
+        (broken, 0o755, "OpenSSL 3.2.0"),
+        ("exit 1", 0o755, "openssl version failed"),
+        ("", 0o644, "Permission denied"),
+    ):
+        status, findings = check_with(deployment.control, tmp_path, body, mode)
+        failed = [one for one in findings if one["level"] == "FAIL"]
+        assert status == 1 and len(failed) == 1 and said in failed[0]["what"], findings
+        assert not any("setup-ca" in one["hint"] for one in findings)
+    os.unlink(str(tmp_path / "openssl"))
+
+
+def test_check_names_an_openssl_of_another_project_that_works(deployment, tmp_path):
+    libre = 'case $1 in version) echo "LibreSSL 3.8.2";; *) exec "$real" "$@";; esac'
+    status, findings = check_with(deployment.control, tmp_path, libre)
+    warned = [one["what"] for one in findings if "LibreSSL" in one["what"] and one["level"] == "WARN"]
+    assert status == 0 and len(warned) == 1
+    status, findings = check_with(deployment.control, tmp_path, 'exec "$real" "$@"')
+    assert status == 0 and [one for one in findings if one["what"].startswith("openssl makes, signs")]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: puts a CA into the system's directory of them")
+def test_a_ca_that_the_system_trusts_is_not_trusted_by_us(ca, issued, tmp_path):
+    system = re.search(r'"(.*)"', tool("version", "-d").decode())[1] + "/certs"
+    (tmp_path / "certs").mkdir()
+    name = tool("x509", "-noout", "-hash", "-in", ca.cert).decode().strip() + ".0"
+    (tmp_path / "certs" / name).write_bytes(read(ca.cert))
+    other = ca.keep("system.crt", ca.openssl.sign_ca(ca.ec, "Other CA", 10))
+    leaf = ca.keep("leaf.crt", issued["agent"])
+    lines = (
+        "import sys; sys.path.insert(0, %r); import ctrl_exec\n"
+        "ctrl_exec.OpenSSL().check_chain(open(%r, 'rb').read(), open(%r, 'rb').read(), 'sslserver')"
+    ) % (os.path.dirname(ctrl_exec.__file__), leaf, other)
+    bind = 'mount --bind "$0" "$1" && shift && { openssl verify -CAfile "$1" "$2" && shift 2 && exec "$@"; }'
+    words = ["unshare", "-m", "sh", "-c", bind, str(tmp_path / "certs"), system, other, leaf]
+    done = subprocess.run([*words, sys.executable, "-I", "-c", lines], capture_output=True, timeout=60)
+    assert b"leaf.crt: OK" in done.stdout, done.stderr  # openssl by itself would believe it
+    assert b"TrustError: the certificate is refused" in done.stderr
+
+
+SITE = """openssl_conf = site
+[site]
+ssl_conf = ssl
+[ssl]
+system_default = defaults
+[defaults]
+%s
+[req]
+distinguished_name = dn
+default_md = sha1
+default_bits = 512
+prompt = yes
+x509_extensions = ext
+req_extensions = ext
+[dn]
+O = The Site
+[ext]
+basicConstraints = CA:TRUE
+subjectAltName = DNS:everybody
+nsComment = "of the site"
+[ca]
+default_ca = other
+[other]
+default_md = sha1
+copy_extensions = copyall
+"""
+
+
+@pytest.mark.parametrize(
+    "policy",
+    ["CipherString = DEFAULT@SECLEVEL=2", "CipherString = DEFAULT@SECLEVEL=3", "MinProtocol = TLSv1.3"],
+)
+@pytest.mark.parametrize("kind", ["ec", "rsa"])
+def test_a_configuration_of_the_site_changes_nothing_that_is_issued(tmp_path, kind, policy):
+    (tmp_path / "site.cnf").write_text(SITE % policy)
+    env = dict(os.environ, OPENSSL_CONF=str(tmp_path / "site.cnf"))
+    control = support.Control(str(tmp_path / "c"), conf="key_type = %s\n" % kind, set_up=False)
+    for verb in ("setup-ca", "setup-ctrl-exec", "check"):
+        done = control.run(verb, env=env)
+        assert done.returncode == 0, done.out + done.err
+    for path, profile in ((control.config.ca, "ca"), (control.config.cert, "dispatcher")):
+        cert = Cert(read(path).decode())
+        assert set(cert.extensions) == set(Cert(issued_by_default(tmp_path, profile)).extensions)
+        assert b"Site" not in ssl.PEM_cert_to_DER_cert(read(path).decode())
+        assert b"everybody" not in ssl.PEM_cert_to_DER_cert(read(path).decode())
+
+
+def issued_by_default(top, profile):
+    """What is issued without any configuration of the site's."""
+    control = support.Control(os.path.join(str(top), "plain"))
+    return read(control.config.ca if profile == "ca" else control.config.cert).decode()
 
 
 # --- private from the first byte ------------------------------------------------------------------------
@@ -595,7 +763,7 @@ def test_serials_are_random_and_long(ca):
 
 def test_not_before_is_more_than_an_hour_ago(ca):
     began = time.time()
-    leaf = ca.openssl.parse_certificate(ca.sign(ca.ask()).encode())
+    leaf = ctrl_exec.parse_certificate(ca.sign(ca.ask()).encode())
     for info in (leaf, ca.info):
         assert info.not_before < began - 3600 - 300
         assert info.not_before > began - DAY
@@ -606,13 +774,13 @@ def test_a_leaf_never_outlives_the_ca(tmp_path, openssl, ca, monkeypatch):
     cert, key = str(tmp_path / "ca.crt"), str(tmp_path / "ca.key")
     ctrl_exec.new_key_file(openssl, key, "ec")
     ctrl_exec.write_atomic(cert, openssl.sign_ca(key, "Short", 10).encode())
-    end = openssl.read_certificate(cert).not_after
-    leaf = openssl.parse_certificate(openssl.sign(ca.ask(), "a", "agent", 3650, cert, key).encode())
+    end = ctrl_exec.read_certificate(cert).not_after
+    leaf = ctrl_exec.parse_certificate(openssl.sign(ca.ask(), "a", "agent", 3650, cert, key).encode())
     assert time.time() < leaf.not_after <= end
     for left, works in ((2.5 * DAY, True), (-DAY, False)):
         monkeypatch.setattr(ctrl_exec, "now", lambda: end - left)  # noqa: B023
         if works:
-            leaf = openssl.parse_certificate(openssl.sign(ca.ask(), "a", "agent", 365, cert, key).encode())
+            leaf = ctrl_exec.parse_certificate(openssl.sign(ca.ask(), "a", "agent", 365, cert, key).encode())
             assert end - left < leaf.not_after <= end
         else:
             with pytest.raises(TrustError, match="expired"):
@@ -628,7 +796,7 @@ def test_names_up_to_253_characters_are_carried_whole(ca, name):
     ((oid, common),) = cert.common_names()
     assert oid == "2.5.4.3" and len(common) <= 64
     assert common == name if len(name) <= 64 else name.startswith(common[:47])
-    assert ca.openssl.parse_certificate(pem.encode()).names == (name,)
+    assert ctrl_exec.parse_certificate(pem.encode()).names == (name,)
 
 
 def test_long_names_that_begin_alike_keep_different_common_names():
@@ -801,7 +969,7 @@ def test_not_exactly_one_pem_block_is_refused(ca, issued):
     }
     for what, text in wrong.items():
         with pytest.raises(TrustError):
-            ctrl_exec.check_request_form(text)
+            ctrl_exec.parse_request(text)
             pytest.fail(what)
 
 
@@ -838,9 +1006,9 @@ def test_a_request_cut_anywhere_is_refused(ca):
         der = unarmour(ca.ask(key))
         for length in range(1, len(der)):
             with pytest.raises(TrustError):
-                ctrl_exec.check_request_form(armour(der[:length]))
+                ctrl_exec.parse_request(armour(der[:length]))
         with pytest.raises(TrustError):
-            ctrl_exec.check_request_form(armour(der + b"\0\0"))
+            ctrl_exec.parse_request(armour(der + b"\0\0"))
 
 
 def test_garbage_is_refused_and_nothing_else_happens(ca):
@@ -854,7 +1022,7 @@ def test_garbage_is_refused_and_nothing_else_happens(ca):
             for _ in range(rng.randrange(1, 4)):
                 data[rng.randrange(len(data))] = rng.randrange(256)
         try:
-            ctrl_exec.check_request_form(armour(bytes(data)))
+            ctrl_exec.parse_request(armour(bytes(data)))
         except TrustError as error:
             assert "refused" in error.message
 
@@ -862,7 +1030,7 @@ def test_garbage_is_refused_and_nothing_else_happens(ca):
 def test_deep_and_huge_der_lengths_are_refused():
     for data in (b"\x30\x84" + b"\xff" * 4, b"\x30\x80\0\0", b"\x30\x89" + b"\xff" * 9, b"\x30" * 4000):
         with pytest.raises(TrustError):
-            ctrl_exec.check_request_form(armour(data))
+            ctrl_exec.parse_request(armour(data))
 
 
 def test_a_refused_request_runs_no_openssl_with_it(ca, monkeypatch):
@@ -896,11 +1064,11 @@ def test_a_private_temporary_directory_is_removed_after_signing(ca, tmp_path, mo
 
 
 def test_a_certificate_is_read_as_openssl_reads_it(ca, issued):
-    info = ca.openssl.parse_certificate(issued["dispatcher"].encode())
+    info = ctrl_exec.parse_certificate(issued["dispatcher"].encode())
     printed = tool("x509", "-noout", "-serial", stdin=issued["dispatcher"].encode()).decode().strip()
     assert ctrl_exec.parse_serial(printed) == info.serial == "%x" % Cert(issued["dispatcher"]).serial
     assert (info.common_name, info.names) == ("web-1", ("web-1",))
-    assert ca.openssl.read_certificate(ca.cert).names == ()
+    assert ctrl_exec.read_certificate(ca.cert).names == ()
 
 
 def test_what_is_no_certificate_is_named(ca, tmp_path):
@@ -908,7 +1076,7 @@ def test_what_is_no_certificate_is_named(ca, tmp_path):
         if text is not None:
             (tmp_path / path).write_bytes(text)
         with pytest.raises(TrustError, match=re.escape(str(tmp_path / path))):
-            ca.openssl.read_certificate(str(tmp_path / path))
+            ctrl_exec.read_certificate(str(tmp_path / path))
 
 
 def test_the_fingerprint_is_the_one_openssl_prints(ca):

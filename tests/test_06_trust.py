@@ -371,7 +371,7 @@ class Field(support.Deployment):
         self.forger = Forger(self.top)
         config = self.control.config
         self.ca = Shown(config.ca, ctrl_exec.ca_key_path(config.ca))
-        subject = ctrl_exec.OpenSSL().read_certificate(config.ca).common_name
+        subject = ctrl_exec.read_certificate(config.ca).common_name
         self.other_ca = self.forger.make(None, "Other CA", is_ca=True)
         self.twin_ca = self.forger.make(None, subject, is_ca=True)  # the same name, another key
 

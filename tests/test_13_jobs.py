@@ -634,7 +634,7 @@ def test_the_same_request_id_of_another_dispatcher_is_another_run(site, tmp_path
     pem = openssl.sign(request, "other", "dispatcher", 30, ca, ctrl_exec.ca_key_path(ca))
     with open(cert, "w", encoding="ascii") as file:
         file.write(pem)
-    serial = openssl.read_certificate(cert).serial
+    serial = ctrl_exec.read_certificate(cert).serial
     ctrl_exec.add_trusted(site.host.config.trusted_dispatchers_path, serial, "other")
     assert "RESULT=ok" in site.host.reload()
     mark, reqid = tmp_path / "mark", ctrl_exec.new_id()

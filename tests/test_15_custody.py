@@ -204,7 +204,7 @@ def test_renew_answers_a_request_by_the_present_key_for_the_name_in_the_certific
     csr = answer.pop("csr")
     assert (status, answer) == (200, {"status": "ok", "reqid": "r-1", "host": "solo"})
     assert OPENSSL.check_request(csr)
-    assert OPENSSL.request_key(csr) == OPENSSL.public_key(read(host.config.cert))
+    assert ctrl_exec.parse_request(csr).public_key == ctrl_exec.parse_certificate(read(host.config.cert)).public_key
     done = subprocess.run(["openssl", "req", "-noout", "-subject"], input=csr.encode(), capture_output=True)
     assert done.stdout.decode().replace(" ", "").strip() == "subject=CN=solo"
     assert snapshot(host) == before
@@ -253,7 +253,7 @@ def test_a_bad_request_id_is_named(host, caller, path, body):
 
 def test_a_new_certificate_is_stored_and_served_without_a_restart(host, caller, ca, csr):
     pem = ca.sign(csr, "solo", days=100)
-    info = OPENSSL.parse_certificate(pem.encode())
+    info = ctrl_exec.parse_certificate(pem.encode())
     key = read(host.config.key)
     os.chmod(host.config.cert, 0o600)
     status, answer = complete(host, caller, cert=pem)
@@ -376,7 +376,7 @@ def test_the_connection_that_brought_the_certificate_gets_its_answer(host, calle
     pem = ca.sign(answer["csr"], "solo")
     status, answer = post_on(connection, "/renew-complete", reqid="kept", cert=pem)
     connection.close()
-    assert (status, answer["serial"]) == (200, ctrl_exec.read_serial(host.config.cert))
+    assert (status, answer["serial"]) == (200, ctrl_exec.read_certificate(host.config.cert).serial)
 
 
 def test_a_connection_that_has_not_asked_yet_is_answered_after_a_renewal(host, caller, ca, csr):
@@ -594,7 +594,7 @@ def test_a_hand_over_from_one_ca_to_the_next_locks_nobody_out(host, caller, ca, 
 def test_a_new_ca_and_a_certificate_of_it_may_come_together(host, caller, ca, new_ca, csr, word):
     pem = new_ca.sign(csr, "solo")
     status, answer = complete(host, caller, cert=pem, ca=ca.pem + new_ca.pem, endorsement=word)
-    assert (status, answer.get("serial")) == (200, ctrl_exec.read_serial(host.config.cert))
+    assert (status, answer.get("serial")) == (200, ctrl_exec.read_certificate(host.config.cert).serial)
     assert served(host, caller) == pem and ping(host, caller) == 200
     assert read(host.config.ca).decode() == ca.pem + new_ca.pem
 
@@ -942,7 +942,7 @@ def test_an_older_dispatcher_is_served_as_it_was(bits, past, tmp_path):
     try:
         status, answer = older.ask(host.port, site.dispatcher, "/ping", {"reqid": "p-1"})
         assert (status, answer["status"], answer["host"]) == (200, "ok", "relic")
-        assert answer["expiry"] == ctrl_exec.iso_time(OPENSSL.read_certificate(identity.cert).not_after)
+        assert answer["expiry"] == ctrl_exec.iso_time(ctrl_exec.read_certificate(identity.cert).not_after)
         body = {"script": "hello", "args": [], "reqid": ctrl_exec.new_id(), "username": "", "token": ""}
         status, answer = older.ask(host.port, site.dispatcher, "/run", body)
         assert (status, answer["exit"], answer["stdout"]) == (200, 0, "hello\n")
@@ -1050,7 +1050,7 @@ def test_an_older_dispatcher_renews_the_certificate_of_a_new_agent(relic, past):
     pem = past.sign(answer["csr"])
     body = {"reqid": "r", "cert": pem, "ca": read(past.ca).decode()}
     status, answer = older.ask(relic.port, past.dispatcher, "/renew-complete", body)
-    assert (status, answer.get("serial")) == (200, ctrl_exec.read_serial(relic.config.cert)), answer
+    assert (status, answer.get("serial")) == (200, ctrl_exec.read_certificate(relic.config.cert).serial), answer
     assert served(relic, past.dispatcher) == pem
     assert ping(relic, past.dispatcher) == 200
 

@@ -416,7 +416,7 @@ def check_stored_files(desk, host):
     assert mode_of(host.config.trusted_dispatchers_path) == 0o644
     assert text_of(host.config.ca) == text_of(desk.config.ca)
     assert text_of(host.config.trusted_dispatchers_path) == "%s control\n" % desk.control.serial()
-    info = OPENSSL.read_certificate(host.config.cert)
+    info = ctrl_exec.read_certificate(host.config.cert)
     entry = ctrl_exec.get_agent(desk.config.registry_dir, host.name)
     assert (entry.serial, entry.cert_name, entry.port) == (info.serial, host.name, host.port)
     assert entry.expiry == ctrl_exec.iso_time(info.not_after)
@@ -726,7 +726,7 @@ def test_a_pinned_ca_is_demanded(shared, tmp_path, right):
 def test_a_running_agent_takes_its_new_certificate_at_once(fresh):
     made = fresh("solo")
     host = made["solo"]
-    old = OPENSSL.read_certificate(host.config.cert).serial
+    old = ctrl_exec.read_certificate(host.config.cert).serial
     desk = Desk(made.control)
     try:
         agent = start_request(host, desk.port)
@@ -735,7 +735,7 @@ def test_a_running_agent_takes_its_new_certificate_at_once(fresh):
         assert "process %d" % host.process.pid in text_of(agent.said)
     finally:
         desk.close()
-    assert OPENSSL.read_certificate(host.config.cert).serial != old
+    assert ctrl_exec.read_certificate(host.config.cert).serial != old
     support.wait_until(lambda: host.events("reload"), what="the reload")
     support.wait_until(
         lambda: made.control.json("ping", "solo")[0] == 0, what="an answer with the new certificate"
@@ -1144,7 +1144,7 @@ def test_an_agent_without_commitment_is_served_when_allowed(new_desk, tmp_path):
     decision = json.loads(re.search(rb"\{.*\"approved\".*\}", rest)[0])
     assert decision["nonce"] == offer["nonce"] and "BEGIN CERTIFICATE" in decision["cert"]
     assert decision["dispatcher_serial"] == desk.control.serial()
-    assert OPENSSL.parse_certificate(decision["cert"].encode()).names == ("older",)
+    assert ctrl_exec.parse_certificate(decision["cert"].encode()).names == ("older",)
 
 
 def test_an_agent_with_commitment_is_served_with_one_also_where_older_ones_are(new_desk, tmp_path):

@@ -225,7 +225,7 @@ def install(site, name, pem):
     host = site[name]
     overwrite(host.config.cert, pem.encode())
     assert "RESULT=ok" in host.reload()
-    info = OPENSSL.parse_certificate(pem.encode())
+    info = ctrl_exec.parse_certificate(pem.encode())
     fresh = lambda agent: agent._replace(serial="", issued={})  # noqa: E731
     edit(site, name, lambda agent: ctrl_exec.with_certificate(fresh(agent), info, agent.issuer))
     return info.serial
@@ -365,7 +365,7 @@ def test_what_is_past_half_its_life_is_renewed_over_the_live_connection(site, ve
         done = well(ced(site.control, "maintain"))
     assert "its certificate is renewed until" in done.out and done.out.count("renewed") == 1
     pem = served(alpha, site.control)
-    info = OPENSSL.parse_certificate(pem.encode())
+    info = ctrl_exec.parse_certificate(pem.encode())
     assert (info.names, info.common_name) == (("alpha",), "alpha") and info.serial != old
     OPENSSL.check_key_match(pem.encode(), alpha.config.key)
     assert entry(site, "alpha").serial == info.serial
@@ -379,7 +379,7 @@ def test_what_is_past_half_its_life_is_renewed_over_the_live_connection(site, ve
 def test_what_is_not_past_half_its_life_is_left_alone(site):
     old = age(site, "alpha", 181)
     assert maintain(site) == ["OK nothing is due"]
-    assert ctrl_exec.read_serial(site["alpha"].config.cert) == old and not site["alpha"].events("renew")
+    assert ctrl_exec.read_certificate(site["alpha"].config.cert).serial == old and not site["alpha"].events("renew")
 
 
 @pytest.mark.parametrize("lost", ["request", "delivery", "answer"])
@@ -406,16 +406,16 @@ def test_a_renewal_whose_connection_breaks_leaves_the_old_certificate_working(si
         assert "RESULT=ok" in alpha.reload()
     expected = made.pop() if lost == "answer" else old
     assert ping(site)["alpha"]["status"] == "ok"
-    assert OPENSSL.parse_certificate(served(alpha, site.control).encode()).serial == expected
+    assert ctrl_exec.parse_certificate(served(alpha, site.control).encode()).serial == expected
     assert any("renewed" in line for line in maintain(site)) == (lost != "answer")
-    assert entry(site, "alpha").serial == ctrl_exec.read_serial(alpha.config.cert)
+    assert entry(site, "alpha").serial == ctrl_exec.read_certificate(alpha.config.cert).serial
 
 
 def test_an_attempt_to_renew_is_repeated_by_maintain_at_once_and_by_ping_after_an_hour(site):
     old, alpha = age(site, "alpha"), site["alpha"]
     with impostor(site, "alpha", lambda asked, *_: (200, GOOD_PING) if asked == "POST /ping" else None):
         assert "note" in ping(site, "alpha")["alpha"]
-    assert "note" not in ping(site)["alpha"] and ctrl_exec.read_serial(alpha.config.cert) == old
+    assert "note" not in ping(site)["alpha"] and ctrl_exec.read_certificate(alpha.config.cert).serial == old
     saved = Saved(site)
     assert any("alpha: its certificate is renewed" in line for line in maintain(site))
     saved.restore()
@@ -439,7 +439,7 @@ def test_an_agent_killed_during_its_renewal_comes_back_with_the_old_certificate(
     alpha.stop()
     alpha.start()
     assert ping(site)["alpha"]["status"] == "ok"
-    assert ctrl_exec.read_serial(alpha.config.cert) == old
+    assert ctrl_exec.read_certificate(alpha.config.cert).serial == old
     assert any("alpha: its certificate is renewed" in line for line in maintain(site))
 
 
@@ -478,7 +478,7 @@ def test_only_the_registered_name_is_signed_whatever_the_request_says(site):
 
     with impostor(site, "alpha", answer):
         assert "renewed" in ping(site, "alpha")["alpha"]["note"]
-    info = OPENSSL.parse_certificate(sent[0]["cert"].encode())
+    info = ctrl_exec.parse_certificate(sent[0]["cert"].encode())
     assert (info.names, info.common_name) == (("alpha",), "alpha")
 
 
@@ -492,7 +492,7 @@ def test_every_serial_ever_issued_to_a_host_is_refused(site, verb):
         ping(site, "alpha")
     (failed,) = set(entry(site, "alpha").issued) - {first}
     assert any("renewed" in line for line in maintain(site))
-    present, record = ctrl_exec.read_serial(alpha.config.cert), entry(site, "alpha")
+    present, record = ctrl_exec.read_certificate(alpha.config.cert).serial, entry(site, "alpha")
     well(control.run(verb, "alpha"))
     assert {first, failed, present} <= ctrl_exec.load_revoked(control.config.revoked_serials)
     if verb == "unpair":
@@ -585,7 +585,7 @@ def test_nothing_changes_while_no_host_can_be_told(site):
         done = ced(site.control, verb)
         assert done.returncode == 1 and "no host could be told of the new certificate" in done.out, done
     assert read(config.cert) + read(config.key) == before
-    coming = ctrl_exec.read_serial(ctrl_exec.next_path(config.cert))
+    coming = ctrl_exec.read_certificate(ctrl_exec.next_path(config.cert)).serial
     assert "next: %s" % coming in ced(site.control, "serial-status").out
     for host in site.hosts.values():
         host.start()

@@ -275,7 +275,7 @@ def test_another_dispatchers_run_does_not_exist_for_this_one(site, tmp_path, ope
         file.write(pem)
     host = site["alpha"]
     ctrl_exec.add_trusted(
-        host.config.trusted_dispatchers_path, openssl.read_certificate(cert).serial, "other"
+        host.config.trusted_dispatchers_path, ctrl_exec.read_certificate(cert).serial, "other"
     )
     assert "RESULT=ok" in host.reload()
     gate = tmp_path / "gate"

@@ -62,7 +62,7 @@ def is_renewed(site, done):
     steady(site)
     record = entry(site, "alpha")
     is_new = record.expiry > ctrl_exec.iso_time(time.time() + 360 * DAY)
-    return is_new and record.serial == ctrl_exec.read_serial(site["alpha"].config.cert)
+    return is_new and record.serial == ctrl_exec.read_certificate(site["alpha"].config.cert).serial
 
 
 VERBS = {
@@ -99,7 +99,7 @@ def test_a_ced_killed_at_any_write_leaves_all_working_and_the_next_call_goes_on(
 def dates(path, known={}):  # noqa: B006  (a cache)
     data = read(path)
     if data not in known:
-        known[data] = OPENSSL.parse_certificate(data)
+        known[data] = ctrl_exec.parse_certificate(data)
     return known[data]
 
 
@@ -244,7 +244,7 @@ def test_a_run_outlives_the_agents_certificate_and_the_next_connection_is_refuse
     ends = 8.0 - DAY  # of a day's life
     request = OPENSSL.new_request(alpha.config.key, "alpha")
     install(site, "alpha", sign(site, request, "alpha", start=ends / DAY, days=1))
-    until = OPENSSL.read_certificate(alpha.config.cert).not_after
+    until = ctrl_exec.read_certificate(alpha.config.cert).not_after
     heard, runs = [], os.path.join(alpha.config.runs_dir, "control")
     words = ("run", "alpha", "gated", "--json", "--", str(gate))
     thread = threading.Thread(target=lambda: heard.append(site.control.run(*words)))
@@ -285,7 +285,7 @@ def test_an_agents_certificate_made_by_a_wrong_clock_is_refused_in_words_and_los
     shown = maintain(site, clock=ahead)
     (line,) = [line for line in shown if line.startswith("FAIL alpha")]
     assert "clock" in line or (words in line and words in "".join(site["alpha"].events("renew-complete")))
-    assert ctrl_exec.read_serial(site["alpha"].config.cert) == old
+    assert ctrl_exec.read_certificate(site["alpha"].config.cert).serial == old
     assert_all_answer(site)
     steady(site)
     assert entry(site, "alpha").expiry > ctrl_exec.iso_time(time.time() + 360 * DAY)

@@ -86,7 +86,7 @@ def aged(fresh, monkeypatch):
         ca = site.control.config.ca
         pem = OPENSSL.sign(request, "solo", "agent", 300, ca, ctrl_exec.ca_key_path(ca))
     ctrl_exec.write_atomic(identity.cert, pem.encode(), mode=0o644)
-    info = OPENSSL.read_certificate(identity.cert)
+    info = ctrl_exec.read_certificate(identity.cert)
     directory = site.control.config.registry_dir
     ctrl_exec.update_agent(directory, "solo", lambda agent: ctrl_exec.with_certificate(agent, info, ""))
     return site
@@ -117,7 +117,7 @@ def test_an_agent_that_delays_its_renewal_is_refused_with_all_that_it_got(aged, 
     entry = ctrl_exec.find_agent(control.config.registry_dir, "solo")
     assert (entry is None) == (verb == "unpair")
     revoked = ctrl_exec.load_revoked(control.config.revoked_serials)
-    assert OPENSSL.read_certificate(host.config.cert).serial in revoked
+    assert ctrl_exec.read_certificate(host.config.cert).serial in revoked
     assert entry is None or set(ctrl_exec.list_serials(entry)) <= revoked
 
 
@@ -170,7 +170,7 @@ def two(fresh):
     request = OPENSSL.new_request(stem + ".key", "bee")
     pem = OPENSSL.sign(request, "bee", "dispatcher", 365, ca, ctrl_exec.ca_key_path(ca))
     ctrl_exec.write_atomic(stem + ".crt", pem.encode())
-    serial = OPENSSL.read_certificate(stem + ".crt").serial
+    serial = ctrl_exec.read_certificate(stem + ".crt").serial
     ctrl_exec.add_trusted(host.config.trusted_dispatchers_path, serial, "bee")
     host.start()
     return site, support.client_context(stem + ".crt", stem + ".key")
@@ -224,11 +224,11 @@ def test_an_agents_former_certificate_cannot_be_put_back(aged):
         former = file.read()
     host.start()
     assert control.run("maintain").returncode == 0
-    present = OPENSSL.read_certificate(host.config.cert).serial
+    present = ctrl_exec.read_certificate(host.config.cert).serial
     context = support.dispatcher_context(control)
     status, answer = support.post(host.port, context, "/renew-complete", {"reqid": "r1", "cert": former})
     assert status == 400 and "older than the present one" in answer["error"]
-    assert OPENSSL.read_certificate(host.config.cert).serial == present
+    assert ctrl_exec.read_certificate(host.config.cert).serial == present
 
 
 def test_adding_a_serial_that_is_there_reloads_nothing(two):

@@ -37,7 +37,8 @@ HOMES = {
     "subprocess": {"GROUND": ANY},
     "argparse": {"CLI": ANY},
     "ctypes": {"JOBS": ANY},  # prctl(2)
-    "tempfile": {"OPENSSL": {"mkdtemp"}, "CLI": {"mkdtemp"}},  # while signing; the demo
+    # while signing; the demo; GROUND imports it early for a process that gives up root
+    "tempfile": {"OPENSSL": {"mkdtemp"}, "CLI": {"mkdtemp"}, "GROUND": set()},
 }  # fmt: skip
 FORBIDDEN = {"print", "pickle", "marshal", "shelve", "yaml", "eval", "exec", "compile", "__import__", "input"}
 
