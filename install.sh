@@ -7,13 +7,14 @@ umask 022
 
 usage() {
     cat <<'END'
-usage: install.sh [--dispatcher] [--agent] [--api] [--prefix DIR]      install one role or more
+usage: install.sh [--dispatcher] [--agent] [--api] [--prefix DIR] [--move-aside]   install one role or more
        install.sh --uninstall [--dispatcher] [--agent] [--api] [--prefix DIR]
        install.sh --run-tests [ARGUMENTS OF PYTEST ...]
 
   --dispatcher   the control host: ced (also: ctrl-exec, ctrl-exec-dispatcher)
   --agent        a managed host: cea (also: ctrl-exec-agent), and a service that is not started yet
   --api          the HTTP API on a control host: ctrl-exec-api, and a service that is not started yet
+  --move-aside   rename what is in the way and not made by this script to NAME.before-ctrl-exec
   --uninstall    remove the program and the service; configuration, keys, state and users stay
   --run-tests    run the tests with $PYTHON, or with python3
   --prefix DIR   where the program goes (default: /usr/local)
@@ -41,7 +42,7 @@ here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd -P)
 
 # --- options ------------------------------------------------------------------------------------------
 
-dispatcher='' agent='' api='' uninstall='' run_tests=''
+dispatcher='' agent='' api='' uninstall='' run_tests='' move_aside=''
 prefix=/usr/local
 
 while [ $# -gt 0 ]; do
@@ -50,6 +51,7 @@ while [ $# -gt 0 ]; do
     --agent) agent=yes ;;
     --api) api=yes ;;
     --uninstall) uninstall=yes ;;
+    --move-aside) move_aside=yes ;;
     --prefix)
         [ $# -ge 2 ] || die 2 "--prefix needs a directory"
         prefix=$2
@@ -183,7 +185,7 @@ make_test_environment() { # PYTHON CACHE
 }
 
 if [ -n "$run_tests" ]; then
-    [ -z "$dispatcher$agent$api$uninstall" ] || die 2 "--run-tests goes with no other option"
+    [ -z "$dispatcher$agent$api$uninstall$move_aside" ] || die 2 "--run-tests goes with no other option"
     python=$(probe_python "${PYTHON:-python3}" '') || python=$(find_python '') ||
         refuse_python "the tests need" '' "$python"
     need_openssl
@@ -212,6 +214,7 @@ fi
 
 # --- what is asked, and whether it can be had: nothing is changed before this is clear ------------------
 
+[ -z "$uninstall" ] || [ -z "$move_aside" ] || die 2 "--move-aside is for an installation"
 if [ -z "$dispatcher$agent$api" ]; then
     [ -n "$uninstall" ] || die 2 "say which role: --dispatcher, --agent, --api (see install.sh --help)"
     dispatcher=yes agent=yes api=yes
@@ -240,6 +243,9 @@ links="${dispatcher:+ced ctrl-exec ctrl-exec-dispatcher }${agent:+cea ctrl-exec-
 all_links='ced ctrl-exec ctrl-exec-dispatcher cea ctrl-exec-agent ctrl-exec-api'
 services="${agent:+ctrl-exec-agent }${api:+ctrl-exec-api}"
 timers="${dispatcher:+ctrl-exec-maintain}"
+unit_files=''
+for name in $services; do unit_files="$unit_files $name.service"; done
+for name in $timers; do unit_files="$unit_files $name.service $name.timer"; done
 case $prefix in
 /usr) units=$stage/usr/lib/systemd/system ;; # a package's
 *) units=$stage/etc/systemd/system ;;        # an administrator's
@@ -247,16 +253,17 @@ esac
 inits=$stage/etc/init.d
 mark='written by install.sh of ctrl-exec'
 
-check_writable() { # DIRECTORY: it, or what there is of the way to it
-    path=$1
-    while [ ! -e "$path" ] && [ ! -L "$path" ]; do path=$(dirname "$path"); done
-    if [ ! -d "$path" ] || [ ! -w "$path" ]; then
-        die 1 "$path is not a directory you may write to: run this as root, or with --prefix DIR or DESTDIR"
-    fi
+check_writable() { # DIRECTORY...: each of them, or what there is of the way to it
+    unwritable=''
+    for path in "$@"; do
+        while [ ! -e "$path" ] && [ ! -L "$path" ]; do path=$(dirname "$path"); done
+        if [ ! -d "$path" ] || [ ! -w "$path" ]; then unwritable="$unwritable, $path"; fi
+    done
+    [ -z "$unwritable" ] ||
+        die 1 "not a directory that you may write to: ${unwritable#, }; run this as root, or with --prefix DIR or DESTDIR"
 }
 
-check_writable "$lib"
-check_writable "$bin"
+check_writable "$lib" "$bin"
 
 is_our_link() { [ -L "$1" ] && [ "$(readlink "$1")" = "$launcher" ]; }
 is_our_service() { [ -f "$1" ] && grep -qF "$mark" "$1"; }
@@ -347,21 +354,63 @@ fi
 # --- before the installation ----------------------------------------------------------------------------
 
 [ -f "$here/ctrl_exec.py" ] || die 1 "ctrl_exec.py is not beside this script, in $here"
-refuse_foreign() { die 1 "${1#"$stage"} is there already and not made by this script: move it away first"; }
+
+# MODE OWNER:GROUP PATH of each directory.
+list_directories_of_dispatcher() {
+    # setgid: what root makes in them, the HTTP API can read. The tokens are secrets: only root makes and reads
+    # them.
+    cat <<'END'
+0750 root:ctrl-exec /etc/ctrl-exec
+0750 root:ctrl-exec /var/lib/ctrl-exec
+2750 root:ctrl-exec /var/lib/ctrl-exec/agents
+2770 root:ctrl-exec /var/lib/ctrl-exec/locks
+2770 root:ctrl-exec /var/lib/ctrl-exec/runs
+0770 root:ctrl-exec /var/lib/ctrl-exec/pairing
+0700 root:root /var/lib/ctrl-exec/pairing-tokens
+END
+}
+
+list_directories_of_agent() {
+    cat <<'END'
+0750 root:ctrl-exec-agent /etc/ctrl-exec-agent
+0755 root:root /var/lib/ctrl-exec-agent
+0750 root:ctrl-exec-agent /var/lib/ctrl-exec-agent/runs
+0700 root:root /var/lib/ctrl-exec-agent/locks
+END
+}
+
+list_directories() {
+    [ -z "$dispatcher$api" ] || list_directories_of_dispatcher
+    [ -z "$agent" ] || list_directories_of_agent
+}
+
+in_the_way='' # what has a name that is needed; without the stage, whose own name may hold spaces
+note_foreign() { # PATH: neither link nor service of ours, as the caller has found
+    ! is_there "$1" || in_the_way="$in_the_way ${1#"$stage"}"
+}
 for name in $links; do
-    is_our_link "$bin/$name" || ! is_there "$bin/$name" || refuse_foreign "$bin/$name"
+    is_our_link "$bin/$name" || note_foreign "$bin/$name"
 done
 if [ "$kind" != program ]; then
+    check_writable "$stage/etc" "$stage/var/lib" "$units"
+    for path in $(list_directories | cut -d ' ' -f 3); do
+        [ -d "$stage$path" ] || note_foreign "$stage$path"
+    done
+    for name in $unit_files; do
+        is_our_service "$units/$name" || note_foreign "$units/$name"
+    done
     for name in $services; do
-        for path in "$units/$name.service" "$inits/$name"; do
-            is_our_service "$path" || ! is_there "$path" || refuse_foreign "$path"
-        done
+        is_our_service "$inits/$name" || note_foreign "$inits/$name"
     done
-    for name in $timers; do
-        for path in "$units/$name.service" "$units/$name.timer"; do
-            is_our_service "$path" || ! is_there "$path" || refuse_foreign "$path"
-        done
+fi
+if [ -n "$in_the_way" ]; then
+    [ -n "$move_aside" ] ||
+        die 1 "in the way, and not made by this script:$in_the_way; move them away first, or add --move-aside"
+    taken=''
+    for path in $in_the_way; do
+        ! is_there "$stage$path.before-ctrl-exec" || taken="$taken $path.before-ctrl-exec"
     done
+    [ -z "$taken" ] || die 1 "--move-aside overwrites nothing: move these away first:$taken"
 fi
 who=''
 [ "$kind" != live ] || who=all
@@ -393,13 +442,15 @@ give() { # OWNER:GROUP PATH: a staged tree has no such groups yet
     [ "$kind" != live ] || chown "$1" "$2"
 }
 
-make_directory() { # MODE OWNER:GROUP PATH
-    if [ ! -d "$stage$3" ]; then
-        mkdir -p "$(dirname "$stage$3")"
-        mkdir -m 0700 "$stage$3"
-    fi
-    give "$2" "$stage$3"
-    chmod "$1" "$stage$3"
+make_directories() { # as they are listed on standard input
+    while read -r mode owner path; do
+        if [ ! -d "$stage$path" ]; then
+            mkdir -p "$(dirname "$stage$path")"
+            mkdir -m 0700 "$stage$path"
+        fi
+        give "$owner" "$stage$path"
+        chmod "$mode" "$stage$path"
+    done
 }
 
 # A configuration file, from SOURCE; one that is there stays as it is, its mode too.
@@ -500,14 +551,7 @@ END
 
 install_dispatcher() {
     make_user ctrl-exec
-    make_directory 0750 root:ctrl-exec /etc/ctrl-exec
-    make_directory 0750 root:ctrl-exec /var/lib/ctrl-exec
-    # setgid: what root makes in them, the HTTP API can read
-    make_directory 2750 root:ctrl-exec /var/lib/ctrl-exec/agents
-    make_directory 2770 root:ctrl-exec /var/lib/ctrl-exec/locks
-    make_directory 2770 root:ctrl-exec /var/lib/ctrl-exec/runs
-    make_directory 0770 root:ctrl-exec /var/lib/ctrl-exec/pairing
-    make_directory 0700 root:root /var/lib/ctrl-exec/pairing-tokens # secrets; only root makes and reads them
+    list_directories_of_dispatcher | make_directories
     example dispatcher "$work/ctrl-exec.conf"
     make_conf "$work/ctrl-exec.conf" ctrl-exec /etc/ctrl-exec/ctrl-exec.conf
     [ -z "$dispatcher" ] || install_timer ctrl-exec-maintain
@@ -515,10 +559,7 @@ install_dispatcher() {
 
 install_agent() {
     make_user ctrl-exec-agent
-    make_directory 0750 root:ctrl-exec-agent /etc/ctrl-exec-agent
-    make_directory 0755 root:root /var/lib/ctrl-exec-agent
-    make_directory 0750 root:ctrl-exec-agent /var/lib/ctrl-exec-agent/runs
-    make_directory 0700 root:root /var/lib/ctrl-exec-agent/locks
+    list_directories_of_agent | make_directories
     example agent "$work/agent.conf"
     make_conf "$work/agent.conf" ctrl-exec-agent /etc/ctrl-exec-agent/agent.conf
     cat >"$work/scripts.conf" <<'END'
@@ -779,6 +820,10 @@ say_next_steps_of_api() {
     fi
 }
 
+for path in $in_the_way; do
+    mv "$stage$path" "$stage$path.before-ctrl-exec"
+    say "moved: $path to $path.before-ctrl-exec"
+done
 install_program
 if [ "$kind" != program ]; then
     [ -z "$dispatcher" ] || install_dispatcher

@@ -350,6 +350,8 @@ def refused(done, status, stage, *, left=()):
         (("--agent", "--prefix", "/with space"), "letters, digits"),
         (("--agent", "--prefix", "/a\nExecStart=/bin/x"), None),
         (("--agent", "--run-tests"), "no other option"),
+        (("--move-aside", "--run-tests"), "no other option"),
+        (("--uninstall", "--move-aside"), "for an installation"),
     ],
 )
 def test_a_wrong_command_line_is_refused_before_anything_is_changed(tmp_path, options, word):
@@ -362,7 +364,7 @@ def test_a_wrong_command_line_is_refused_before_anything_is_changed(tmp_path, op
 
 def test_help_names_every_option(tmp_path):
     done = succeed(tmp_path / "stage", "--help")
-    for option in (*BOTH, "--api", "--uninstall", "--run-tests", "--prefix", "--help", "DESTDIR", "PYTHON"):
+    for option in (*BOTH, "--api", "--move-aside", "--uninstall", "--run-tests", "--prefix", "--help", "DESTDIR", "PYTHON"):
         assert option in done.stdout
     assert not os.path.exists(str(tmp_path / "stage"))
 
@@ -474,17 +476,65 @@ def test_a_machine_without_openssl_is_refused(tmp_path):
     assert "openssl" in refused(done, 1, tmp_path / "stage")
 
 
-def test_a_program_of_another_origin_is_not_overwritten(tmp_path):
-    put(tmp_path / BIN / "ctrl-exec-dispatcher", "an older program")
-    said = refused(install(tmp_path, *BOTH), 1, tmp_path, left=[BIN + "/ctrl-exec-dispatcher"])
-    assert "/usr/local/bin/ctrl-exec-dispatcher is there already" in said
-    assert read(tmp_path, BIN, "ctrl-exec-dispatcher") == "an older program"
+OLDER = (BIN + "/ctrl-exec-dispatcher", BIN + "/cea", UNIT, API_UNIT, "etc/init.d/ctrl-exec-agent")
 
 
-def test_a_service_of_another_origin_is_not_overwritten(tmp_path):
-    os.makedirs(os.path.dirname(str(tmp_path / UNIT)))
+@pytest.fixture
+def taken(tmp_path):
+    """A tree with programs and services of another origin."""
+    for path in OLDER:
+        put(tmp_path / path, "of another origin: %s\n" % path)
+    os.unlink(str(tmp_path / UNIT))
     os.symlink("/dev/null", str(tmp_path / UNIT))  # masked by the administrator
-    assert "is there already" in refused(install(tmp_path, "--agent"), 1, tmp_path, left=[UNIT])
+    put(tmp_path / "var/lib/ctrl-exec", "no directory\n", 0o644)
+    return tmp_path
+
+
+ALL = (*BOTH, "--api")
+
+
+def test_all_that_is_in_the_way_is_named_at_once_and_not_overwritten(taken):
+    before = snapshot(taken)
+    said = refused(install(taken, *ALL), 1, taken, left=before)
+    named = re.search(r"not made by this script: (.*); move them away first, or add --move-aside", said)[1]
+    assert sorted(named.split()) == sorted("/" + path for path in (*OLDER, "var/lib/ctrl-exec"))
+    assert snapshot(taken) == before
+
+
+def test_only_what_the_role_needs_is_in_the_way(taken):
+    os.unlink(str(taken / "var/lib/ctrl-exec"))
+    os.unlink(str(taken / BIN / "ctrl-exec-dispatcher"))
+    succeed(taken, "--dispatcher")
+
+
+def test_move_aside_renames_what_is_in_the_way_and_says_so(taken):
+    before = {path: tree(taken)[path] for path in (*OLDER, "var/lib/ctrl-exec")}
+    done = succeed(taken, *ALL, "--move-aside")
+    after = tree(taken)
+    assert {path: after[path + ".before-ctrl-exec"] for path in before} == before
+    assert read(taken, OLDER[0] + ".before-ctrl-exec") == "of another origin: %s\n" % OLDER[0]
+    moved = set(re.findall(r"(?m)^moved: /(\S+) to /(\S+)$", done.stdout))
+    assert moved == {(path, path + ".before-ctrl-exec") for path in before}
+    assert run_launcher(taken, "cea", "--version").returncode == 0
+    before = snapshot(taken)
+    succeed(taken, *ALL, "--move-aside")  # now there is nothing in the way
+    assert snapshot(taken) == before
+
+
+def test_move_aside_overwrites_nothing(taken):
+    for path in (OLDER[0], OLDER[2]):
+        put(taken / (path + ".before-ctrl-exec"), "from an earlier time\n")
+    before = snapshot(taken)
+    said = refused(install(taken, *ALL, "--move-aside"), 1, taken, left=before)
+    assert all("/%s.before-ctrl-exec" % path in said for path in (OLDER[0], OLDER[2]))
+    assert snapshot(taken) == before
+
+
+def test_all_places_that_cannot_be_written_are_named_at_once(tmp_path):
+    for path in ("etc", "var/lib"):
+        put(tmp_path / path, "no directory\n", 0o644)
+    said = refused(install(tmp_path, *BOTH), 1, tmp_path, left=["etc", "var/lib"])
+    assert all(str(tmp_path / path) in said for path in ("etc", "var/lib"))
 
 
 # --- as an ordinary user ----------------------------------------------------------------------------------
