@@ -307,14 +307,16 @@ remove_service() { # NAME
     fi
 }
 
-say_what_stays() { # ROLE DIRECTORY...
+say_what_stays() { # DIRECTORY DIRECTORY USER...
     left=''
-    for path in "$2" "$3"; do
+    for path in "$1" "$2"; do
         [ ! -e "$stage$path" ] || left="$left $path"
     done
-    if [ "$kind" = live ] && id -u "$1" >/dev/null 2>&1; then
-        left="$left and the user $1"
-    fi
+    shift 2
+    for name in "$@"; do
+        [ "$kind" != live ] || ! id -u "$name" >/dev/null 2>&1 || left="$left, the user $name"
+    done
+    left=${left#,}
     [ -z "$left" ] || say "left as it is:$left"
 }
 
@@ -345,8 +347,9 @@ if [ -n "$uninstall" ]; then
         rmdir "$lib" 2>/dev/null || say "left as it is, holding other files: ${lib#"$stage"}"
     fi
     if [ "$kind" != program ]; then
-        [ -z "$dispatcher$api" ] || say_what_stays ctrl-exec /etc/ctrl-exec /var/lib/ctrl-exec
-        [ -z "$agent" ] || say_what_stays ctrl-exec-agent /etc/ctrl-exec-agent /var/lib/ctrl-exec-agent
+        [ -z "$dispatcher$api" ] || say_what_stays /etc/ctrl-exec /var/lib/ctrl-exec ctrl-exec
+        [ -z "$agent" ] ||
+            say_what_stays /etc/ctrl-exec-agent /var/lib/ctrl-exec-agent ctrl-exec-agent ctrl-exec-script
     fi
     exit 0
 fi
@@ -558,7 +561,8 @@ install_dispatcher() {
 }
 
 install_agent() {
-    make_user ctrl-exec-agent
+    make_user ctrl-exec-agent # what faces the network
+    make_user ctrl-exec-script # scripts without a profile: may read nothing of the agent's
     list_directories_of_agent | make_directories
     example agent "$work/agent.conf"
     make_conf "$work/agent.conf" ctrl-exec-agent /etc/ctrl-exec-agent/agent.conf

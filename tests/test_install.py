@@ -845,11 +845,26 @@ def test_a_real_installation_makes_users_and_gives_each_directory_its_owner(mach
     assert {path: machine.access("/" + path) for path in CONFIGURATION} == {
         path: (mode, "root", path.split("/")[1]) for path, mode in CONFIGURATION.items()
     }
-    for user in ("ctrl-exec", "ctrl-exec-agent"):
+    for user in ("ctrl-exec", "ctrl-exec-agent", "ctrl-exec-script"):
         with open(machine.path("/etc/passwd"), encoding="utf-8") as file:
             (fields,) = [line.strip().split(":") for line in file if line.startswith(user + ":")]
         assert int(fields[3]) == machine.ids("/etc/group")[user]
         assert int(fields[2]) != 0 and os.path.basename(fields[6]) in ("nologin", "false")
+        assert not os.path.exists(machine.path(fields[5]))
+
+
+@needs_mounts
+def test_the_user_of_scripts_is_in_no_group_of_others_and_can_read_nothing_of_the_agents(machine):
+    with open(machine.path("/etc/group"), encoding="utf-8") as file:
+        assert not [line for line in file if "ctrl-exec-script" in line.strip().split(":")[3].split(",")]
+    secret = "/etc/ctrl-exec-agent/agent.key"
+    put(machine.path(secret), "secret", 0o640)
+    os.chown(machine.path(secret), 0, machine.ids("/etc/group")["ctrl-exec-agent"])
+    script = ["setpriv", "--reuid=ctrl-exec-script", "--regid=ctrl-exec-script", "--init-groups"]
+    for path in (secret, "/etc/ctrl-exec-agent", "/var/lib/ctrl-exec-agent/runs", "/var/lib/ctrl-exec"):
+        assert machine.run("test", "-r", path).returncode == 0
+        assert machine.run(*script, "test", "-r", path).returncode == 1
+    assert machine.run(*script, "true").returncode == 0
 
 
 @needs_mounts
@@ -863,7 +878,9 @@ def test_a_second_real_installation_repairs_owners_and_keeps_users_and_configura
     assert machine.access("/etc/ctrl-exec-agent/agent.conf")[0] == 0o600
     assert (machine.ids("/etc/passwd"), machine.ids("/etc/group")) == (users, groups)
     gone = machine.run("sh", SCRIPT, "--uninstall", "--prefix", machine.prefix)
-    assert gone.returncode == 0 and "the user ctrl-exec-agent" in gone.stdout
+    assert gone.returncode == 0
+    assert "/var/lib/ctrl-exec-agent, the user ctrl-exec-agent, the user ctrl-exec-script\n" in gone.stdout
+    assert "/var/lib/ctrl-exec, the user ctrl-exec\n" in gone.stdout
     assert machine.ids("/etc/passwd") == users
     assert not os.path.lexists(machine.path(machine.prefix + "/bin/cea"))
 
