@@ -423,6 +423,88 @@ if [ "$kind" = live ] && ! has useradd && ! has adduser; then
     die 1 "neither useradd nor adduser is there to make the service users with: install the package passwd"
 fi
 
+# What the configuration of a role says, as the program itself reads it.
+ask() { # DIRECTORY-OF-PROGRAM ROLE CONFIGURATION QUESTION
+    "$python" -ISB - "$@" <<'END'
+import os
+import re
+import socket
+import sys
+
+library, role, path, question = sys.argv[1:]
+sys.path.insert(0, library)
+import ctrl_exec
+
+socket.gethostname = lambda: "localhost"  # no answer depends on it, and not every host name can be an id
+try:
+    config = ctrl_exec.load_config(role, path)
+except ctrl_exec.CtrlExecError as error:
+    print(error.message)
+    sys.exit(1)
+
+
+def directories():
+    """MODE OWNER:GROUP PATH of those that have a key."""
+    modes = {"registry_dir": "2750", "lock_dir": "2770", "runs_dir": "2770", "pairing_dir": "0770"}
+    for key, mode in modes.items():
+        yield "%s root:ctrl-exec %s" % (mode, getattr(config, key))
+
+
+def files_of_api():
+    """What the API must read and others must not. A TLS key of its own only if it is kept with the rest: one
+    from elsewhere has other users, too."""
+    identity = ctrl_exec.dispatcher_identity(config)
+    yield config.key
+    yield ctrl_exec.next_path(config.key)
+    for former in ctrl_exec.find_former(identity):
+        yield former.key
+    if config.api_key and os.path.dirname(config.api_key) == ctrl_exec.ETC:
+        yield config.api_key
+    if os.path.isdir(config.registry_dir):
+        for name in sorted(os.listdir(config.registry_dir)):
+            if name.endswith(".json"):
+                yield os.path.join(config.registry_dir, name)
+
+
+def quoted(path):
+    """A path in a unit, which is not to fail for one that is missing: the program says more than systemd."""
+    escaped = "-" + path.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    return escaped if re.fullmatch(r"[\w./+@,%-]+", escaped) else '"%s"' % escaped
+
+
+def rights_of_api():
+    """Lines of its unit: what it may write, and what it must not see."""
+    key = ctrl_exec.ca_key_path(config.ca)
+    hidden = (key, ctrl_exec.next_path(key), ctrl_exec.token_directory(config))
+    yield "ReadWritePaths=" + " ".join(map(quoted, (config.lock_dir, config.runs_dir)))
+    yield "InaccessiblePaths=" + " ".join(map(quoted, hidden))
+
+
+answers = {
+    "valid": tuple,
+    "directories": directories,
+    "files-of-api": files_of_api,
+    "rights-of-api": rights_of_api,
+    "key": lambda: [config.key],
+}
+for line in answers[question]():
+    print(line)
+END
+}
+
+agent_conf=/etc/ctrl-exec-agent/agent.conf
+dispatcher_conf=/etc/ctrl-exec/ctrl-exec.conf
+
+check_configuration() { # ROLE CONFIGURATION: what is installed is made after it
+    if [ -e "$stage$2" ]; then
+        reason=$(ask "$here" "$1" "$stage$2" valid) || die 1 "$reason"
+    fi
+}
+if [ "$kind" != program ]; then
+    [ -z "$dispatcher$api" ] || check_configuration dispatcher "$dispatcher_conf"
+    [ -z "$agent" ] || check_configuration agent "$agent_conf"
+fi
+
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 trap 'exit 130' INT
@@ -471,6 +553,12 @@ make_conf() { # SOURCE GROUP PATH
 
 example() { # ROLE FILE
     "$python" -I "$lib/launch" conf-example "$1" >"$2"
+}
+
+ask_dispatcher() { # QUESTION
+    path=$stage$dispatcher_conf
+    [ -e "$path" ] || path=$work/ctrl-exec.conf # a link to nowhere was kept: the defaults
+    ask "$lib" dispatcher "$path" "$1"
 }
 
 group_exists() {
@@ -556,7 +644,12 @@ install_dispatcher() {
     make_user ctrl-exec
     list_directories_of_dispatcher | make_directories
     example dispatcher "$work/ctrl-exec.conf"
-    make_conf "$work/ctrl-exec.conf" ctrl-exec /etc/ctrl-exec/ctrl-exec.conf
+    make_conf "$work/ctrl-exec.conf" ctrl-exec "$dispatcher_conf"
+    ask_dispatcher directories >"$work/directories"
+    # One that is kept elsewhere and is there already is somebody's own, and may have other uses.
+    while read -r line; do
+        is_there "$stage${line#* * }" || printf '%s\n' "$line"
+    done <"$work/directories" | make_directories
     [ -z "$dispatcher" ] || install_timer ctrl-exec-maintain
 }
 
@@ -565,7 +658,7 @@ install_agent() {
     make_user ctrl-exec-script # scripts without a profile: may read nothing of the agent's
     list_directories_of_agent | make_directories
     example agent "$work/agent.conf"
-    make_conf "$work/agent.conf" ctrl-exec-agent /etc/ctrl-exec-agent/agent.conf
+    make_conf "$work/agent.conf" ctrl-exec-agent "$agent_conf"
     cat >"$work/scripts.conf" <<'END'
 # ==== /etc/ctrl-exec-agent/scripts.conf: what may run on this host; nothing else does ====
 # Read at start and on SIGHUP. One script a line:
@@ -581,21 +674,15 @@ END
 install_api() {
     [ -n "$dispatcher" ] || install_dispatcher
     if [ "$kind" = live ]; then
-        open_to_api 0640 /var/lib/ctrl-exec/agents/*.json # not runs/: the API's user could put a link there
-        open_to_api 0640 /etc/ctrl-exec/dispatcher.key
+        ask_dispatcher files-of-api >"$work/files" # not runs/: the API's user could put a link there
+        while IFS= read -r path; do
+            if [ -f "$path" ] && [ ! -L "$path" ]; then
+                chgrp ctrl-exec "$path"
+                chmod 0640 "$path"
+            fi
+        done <"$work/files"
     fi
     install_service ctrl-exec-api
-}
-
-open_to_api() { # MODE FILE...
-    mode=$1
-    shift
-    for path in "$@"; do
-        if [ -f "$path" ] && [ ! -L "$path" ]; then
-            chgrp ctrl-exec "$path"
-            chmod "$mode" "$path"
-        fi
-    done
 }
 
 has_openrc() { has openrc-run || [ -x /sbin/openrc-run ]; }
@@ -690,6 +777,7 @@ END
 }
 
 render_unit_api() {
+    rights=$(ask_dispatcher rights-of-api)
     cat <<END
 # The ctrl-exec HTTP API; $mark, which replaces it: for changes, \`systemctl edit ctrl-exec-api\`.
 [Unit]
@@ -712,8 +800,7 @@ RestartPreventExitStatus=78
 TimeoutStopSec=90
 # An auth hook runs in here, too: what it needs beyond this, \`systemctl edit\` can give.
 ProtectSystem=strict
-ReadWritePaths=/var/lib/ctrl-exec/locks /var/lib/ctrl-exec/runs
-InaccessiblePaths=-/etc/ctrl-exec/ca.key -/etc/ctrl-exec/ca.next.key -/var/lib/ctrl-exec/pairing-tokens
+$rights
 ProtectHome=yes
 PrivateTmp=yes
 PrivateDevices=yes
@@ -808,7 +895,7 @@ say_next_steps() {
 
 say_next_steps_of_api() {
     say "Next, for the HTTP API:"
-    if [ ! -f "$stage/etc/ctrl-exec/dispatcher.key" ]; then
+    if [ ! -f "$stage$(ask_dispatcher key)" ]; then
         say "  once \`ced setup-ctrl-exec\` has made the key: run this again, so that the API can read it"
     fi
     say "  write /etc/ctrl-exec/auth-hook: without one, every request is denied"

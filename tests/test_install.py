@@ -691,8 +691,32 @@ def test_the_unit_of_the_api_runs_it_as_its_user_and_confines_it(tmp_path):
     assert service["ExecStart"] == "/usr/local/bin/ctrl-exec-api" and service["User"] == "ctrl-exec"
     assert service["RestartPreventExitStatus"] == str(ctrl_exec.EXIT_CONFIG)
     assert service["ProtectSystem"] == "strict" and service["NoNewPrivileges"] == "yes"
-    assert service["ReadWritePaths"].split() == ["/var/lib/ctrl-exec/locks", "/var/lib/ctrl-exec/runs"]
-    assert "-/etc/ctrl-exec/ca.key" in service["InaccessiblePaths"]
+    assert service["ReadWritePaths"].split() == ["-/var/lib/ctrl-exec/locks", "-/var/lib/ctrl-exec/runs"]
+    hidden = ["-/etc/ctrl-exec/ca.key", "-/etc/ctrl-exec/ca.next.key", "-/var/lib/ctrl-exec/pairing-tokens"]
+    assert service["InaccessiblePaths"].split() == hidden
+
+
+def test_the_unit_of_the_api_follows_what_the_configuration_keeps_elsewhere(tmp_path):
+    conf = "lock_dir = /srv/my locks\nruns_dir = /srv/100%\nca = /srv/pki/our.crt\n"
+    put(tmp_path / "etc/ctrl-exec/ctrl-exec.conf", conf, 0o640)
+    os.makedirs(str(tmp_path / "srv/100%"), mode=0o700)
+    succeed(tmp_path, "--api")
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.read_string(read(tmp_path, API_UNIT))
+    assert unit["Service"]["ReadWritePaths"] == '"-/srv/my locks" -/srv/100%%'
+    assert unit["Service"]["InaccessiblePaths"].startswith("-/srv/pki/our.key -/srv/pki/our.next.key ")
+    found = tree(tmp_path)
+    assert found["srv/my locks"] == 0o2770  # made as the default would be
+    assert found["srv/100%"] == 0o700  # somebody's own, left alone
+
+
+@pytest.mark.parametrize(
+    "role, path", [("--agent", "etc/ctrl-exec-agent/agent.conf"), ("--api", "etc/ctrl-exec/ctrl-exec.conf")]
+)
+def test_a_configuration_that_the_program_refuses_is_named_before_anything_is_changed(tmp_path, role, path):
+    put(tmp_path / path, "\n\nport = many\n", 0o640)
+    said = refused(install(tmp_path, role), 1, tmp_path, left=[path])
+    assert "%s:3: `port` expects" % (tmp_path / path) in said
 
 
 def test_the_openrc_script_is_sound_and_starts_the_same(tmp_path):
@@ -1002,3 +1026,34 @@ def test_the_api_runs_as_its_user_with_the_key_and_without_the_ca(machine):
     with socket.create_connection(("127.0.0.1", port), 30) as sock:
         sock.sendall(b"GET /status/%s HTTP/1.1\r\nHost: x\r\n\r\n" % mine.encode())
         assert support.read_reply(sock)[0] == 200
+
+
+@needs_mounts
+def test_the_api_may_read_the_key_that_the_configuration_names_and_what_is_kept_of_it(machine):
+    conf = "/etc/ctrl-exec/ctrl-exec.conf"
+    settings = "key = /etc/ctrl-exec/ctrl-exec.key\ncert = /etc/ctrl-exec/ctrl-exec.crt\n"
+    settings += "registry_dir = /var/lib/registry\napi_auth_default = allow\n"
+    put(machine.path(conf), settings + read(machine.path(conf)), 0o640)
+    for verb in ("setup-ca", "setup-ctrl-exec"):
+        assert machine.installed("ced", verb).returncode == 0
+    kept = ["ctrl-exec.key", "ctrl-exec.next.key", "ctrl-exec.former-ab12.key"]
+    others = ["ca.key", "ca.next.key", "other.key", "ctrl-exec.old.key"]
+    for name in kept[1:] + others[1:]:
+        put(machine.path("/etc/ctrl-exec/" + name), "secret", 0o600)
+    put(machine.path("/etc/ctrl-exec/ctrl-exec.former-ab12.crt"), "a certificate", 0o644)
+    put(machine.path("/var/lib/registry/web-01.json"), "{}", 0o600)
+    assert "once `ced setup-ctrl-exec`" not in _install_api(machine)
+    for name in kept:
+        assert machine.access("/etc/ctrl-exec/" + name) == (0o640, "root", "ctrl-exec")
+    for name in others:
+        assert machine.access("/etc/ctrl-exec/" + name) == (0o600, "root", "root")
+    assert machine.access("/var/lib/registry/web-01.json") == (0o640, "root", "ctrl-exec")
+    said = machine.installed("ctrl-exec-api", "check").stdout
+    for name in kept:
+        assert "OK    private key /etc/ctrl-exec/%s\n" % name in said, said
+
+
+def _install_api(machine):
+    done = machine.run("sh", SCRIPT, "--api", "--prefix", machine.prefix)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
