@@ -244,7 +244,7 @@ all_links='ced ctrl-exec ctrl-exec-dispatcher cea ctrl-exec-agent ctrl-exec-api'
 services="${agent:+ctrl-exec-agent }${api:+ctrl-exec-api}"
 timers="${dispatcher:+ctrl-exec-maintain}"
 unit_files=''
-for name in $services; do unit_files="$unit_files $name.service"; done
+for name in $services; do unit_files="$unit_files $name.service $name.socket"; done
 for name in $timers; do unit_files="$unit_files $name.service $name.timer"; done
 case $prefix in
 /usr) units=$stage/usr/lib/systemd/system ;; # a package's
@@ -283,21 +283,25 @@ remove() {
 # The service file that starts the program of this very prefix.
 is_its_service() { is_our_service "$1" && grep -qF "$prefix/bin/" "$1"; }
 
-remove_timer() { # NAME
-    if is_its_service "$units/$1.service"; then
-        if runs_systemd; then systemctl disable --now "$1.timer" || true; fi
-        remove "$units/$1.timer"
-        remove "$units/$1.service"
-        if runs_systemd; then systemctl daemon-reload || true; fi
+remove_units() { # NAME SUFFIX: a service, and what starts it
+    there=''
+    for suffix in "$2" service; do
+        file=$units/$1.$suffix
+        if is_its_service "$file" || { is_its_service "$units/$1.service" && is_our_service "$file"; }; then
+            there="$there $1.$suffix"
+        fi
+    done
+    [ -n "$there" ] || return 0
+    if runs_systemd; then
+        # shellcheck disable=SC2086 # several names
+        systemctl disable --now $there || true
     fi
+    for name in $there; do remove "$units/$name"; done
+    if runs_systemd; then systemctl daemon-reload || true; fi
 }
 
 remove_service() { # NAME
-    if is_its_service "$units/$1.service"; then
-        if runs_systemd; then systemctl disable --now "$1.service" || true; fi
-        remove "$units/$1.service"
-        if runs_systemd; then systemctl daemon-reload || true; fi
-    fi
+    remove_units "$1" socket
     if is_its_service "$inits/$1"; then
         if [ "$kind" = live ] && has rc-service && has rc-update; then
             rc-service --ifstarted "$1" stop || true
@@ -323,7 +327,7 @@ say_what_stays() { # DIRECTORY DIRECTORY USER...
 if [ -n "$uninstall" ]; then
     if [ "$kind" != program ]; then
         for name in $services; do remove_service "$name"; done
-        for name in $timers; do remove_timer "$name"; done
+        for name in $timers; do remove_units "$name" timer; done
     fi
     for name in $links; do
         if is_our_link "$bin/$name"; then
@@ -472,6 +476,16 @@ def quoted(path):
     return escaped if re.fullmatch(r"[\w./+@,%-]+", escaped) else '"%s"' % escaped
 
 
+def listen(addresses, port):
+    """Lines of a socket unit; none for port 0, which is another one at each start. IPv4 and IPv6 apart, as the
+    program has them: no peer arrives as ::ffff:10.0.0.5."""
+    for address in addresses or ("0.0.0.0", "::"):
+        address, _, zone = address.partition("%")
+        form = "ListenStream=[%s]:%d" if ":" in address else "ListenStream=%s:%d"
+        if port:
+            yield form % (address, port) + ("%%" + zone if zone else "")
+
+
 def rights_of_api():
     """Lines of its unit: what it may write, and what it must not see."""
     key = ctrl_exec.ca_key_path(config.ca)
@@ -486,6 +500,8 @@ answers = {
     "files-of-api": files_of_api,
     "rights-of-api": rights_of_api,
     "key": lambda: [config.key],
+    "port-of-agent": lambda: listen(config.bind, config.port),
+    "port-of-api": lambda: listen(config.api_bind, config.api_port),
 }
 for line in answers[question]():
     print(line)
@@ -555,10 +571,13 @@ example() { # ROLE FILE
     "$python" -I "$lib/launch" conf-example "$1" >"$2"
 }
 
-ask_dispatcher() { # QUESTION
-    path=$stage$dispatcher_conf
-    [ -e "$path" ] || path=$work/ctrl-exec.conf # a link to nowhere was kept: the defaults
-    ask "$lib" dispatcher "$path" "$1"
+ask_dispatcher() { ask_installed dispatcher "$dispatcher_conf" "$1"; } # QUESTION
+ask_agent() { ask_installed agent "$agent_conf" "$1"; }                # QUESTION
+
+ask_installed() { # ROLE CONFIGURATION QUESTION
+    path=$stage$2
+    [ -e "$path" ] || path=$work/${2##*/} # a link to nowhere was kept: then the example, which is the defaults
+    ask "$lib" "$1" "$path" "$3"
 }
 
 group_exists() {
@@ -712,12 +731,14 @@ Type=oneshot
 ExecStart=$prefix/bin/ced maintain --if-due
 # 1: a host needs a person, and the journal says which; the next turn tries again.
 SuccessExitStatus=1
+# Thousands of hosts that do not answer take an hour. Nothing is lost when it ends: the next turn goes on.
+TimeoutStartSec=4h
 END
 }
 
 render_timer_maintain() {
     cat <<END
-# When; $mark, which replaces it. \`cert_check_interval\` in ctrl-exec.conf says how often it does something.
+# When $prefix/bin/ced maintain runs; $mark, which replaces it. \`cert_check_interval\` in ctrl-exec.conf says how often it does something.
 [Unit]
 Description=ctrl-exec certificates, every hour
 
@@ -737,6 +758,7 @@ install_service() { # NAME
         "render_unit_${1#ctrl-exec-}" >"$work/unit"
         mkdir -p "$units"
         put "$work/unit" "$units/$1.service" 0644
+        install_socket "$1"
         if runs_systemd; then systemctl daemon-reload || true; fi
     fi
     if has_openrc; then
@@ -746,33 +768,99 @@ install_service() { # NAME
     fi
 }
 
+changed_sockets=' '
+install_socket() { # NAME
+    "render_socket_${1#ctrl-exec-}" >"$work/unit"
+    if grep -q '^ListenStream=' "$work/unit"; then
+        cmp -s "$work/unit" "$units/$1.socket" || changed_sockets="$changed_sockets$1 "
+        put "$work/unit" "$units/$1.socket" 0644
+    else
+        remove "$units/$1.socket"
+    fi
+}
+
+render_socket_agent() {
+    render_socket ctrl-exec-agent cea "\`port\` and \`bind\` in agent.conf" "$(ask_agent port-of-agent)"
+}
+
+render_socket_api() {
+    render_socket ctrl-exec-api ctrl-exec-api "\`api_port\` and \`api_bind\` in ctrl-exec.conf" \
+        "$(ask_dispatcher port-of-api)"
+}
+
+render_socket() { # NAME COMMAND KEYS LISTEN
+    cat <<END
+# The port of $prefix/bin/$2; $mark, which replaces it.
+# After a change to $3: run install.sh again, then \`systemctl restart $1.socket\`.
+[Unit]
+Description=The port of $1
+
+[Socket]
+# systemd holds the port, so that no other user can take it while the service stops and starts; who connects
+# meanwhile waits.
+$4
+BindIPv6Only=ipv6-only
+# An address may come up later than this.
+FreeBind=yes
+Backlog=1024
+Accept=no
+FileDescriptorName=$1
+
+[Install]
+WantedBy=sockets.target
+END
+}
+
+# What both services have in common. Wants=, not Requires=: where the port cannot be had, the service says so
+# and tries again, which systemd does not do for a socket. PartOf=: what stops the port stops the service.
+render_socket_use() { # NAME
+    cat <<END
+Wants=network-online.target $1.socket
+After=network-online.target $1.socket
+PartOf=$1.socket
+# systemd never gives up.
+StartLimitIntervalSec=0
+END
+}
+
+# No RestartSteps= to make the pause grow: systemd counts what has happened since the last manual start, and
+# after a few mishaps in a year each further one would cost a minute.
+render_restarts() { # NAME PREFIX-OF-COMMAND
+    cat <<END
+Restart=always
+RestartSec=2
+# 78: a person must mend something first, and starting again would not change that. The port is closed with the
+# service then; or the next to connect would start it again, and so on for as long as somebody waits.
+RestartPreventExitStatus=78
+ExecStopPost=-$2/bin/sh -c '[ "\$\$EXIT_STATUS" != 78 ] || exec systemctl --no-block --job-mode=ignore-dependencies stop $1.socket'
+END
+}
+
 render_unit_agent() {
     cat <<END
 # The ctrl-exec agent; $mark, which replaces it: for changes, \`systemctl edit ctrl-exec-agent\`.
 [Unit]
 Description=ctrl-exec agent
-Wants=network-online.target
-After=network-online.target
+$(render_socket_use ctrl-exec-agent)
 
 [Service]
 Type=notify
 NotifyAccess=main
 ExecStart=$prefix/bin/cea serve
-ExecReload=/bin/kill -HUP \$MAINPID
+# Waits for the outcome: \`systemctl reload\` fails when a file is wrong, and the agent goes on as before.
+ExecReload=$prefix/bin/cea reload
 # A restart ends the agent and not the scripts it runs: they finish, and their results are kept.
 KillMode=process
 # One script that eats all memory must not take the agent and the other scripts with it.
 OOMPolicy=continue
-Restart=on-failure
-RestartSec=2
-# 78: the configuration is wrong or the host is not paired. Starting again would not change that.
-RestartPreventExitStatus=78
+$(render_restarts ctrl-exec-agent '')
 # No sandbox (ProtectSystem=, PrivateTmp=, NoNewPrivileges=, ...) on purpose: all of it would hold for the
 # scripts too, and they are here to change the system. The agent confines itself: what faces the network
 # runs as the user ctrl-exec-agent, and scripts run as what their profile in agent.conf says.
 
 [Install]
 WantedBy=multi-user.target
+Also=ctrl-exec-agent.socket
 END
 }
 
@@ -782,20 +870,17 @@ render_unit_api() {
 # The ctrl-exec HTTP API; $mark, which replaces it: for changes, \`systemctl edit ctrl-exec-api\`.
 [Unit]
 Description=ctrl-exec HTTP API
-Wants=network-online.target
-After=network-online.target
+$(render_socket_use ctrl-exec-api)
 
 [Service]
 Type=notify
 NotifyAccess=main
 ExecStart=$prefix/bin/ctrl-exec-api
-ExecReload=/bin/kill -HUP \$MAINPID
+# Waits for the outcome: \`systemctl reload\` fails when a file is wrong, and the API goes on as before.
+ExecReload=$prefix/bin/ctrl-exec-api reload
 User=ctrl-exec
 Group=ctrl-exec
-Restart=on-failure
-RestartSec=2
-# 78: the configuration is wrong, or a file cannot be read. Starting again would not change that.
-RestartPreventExitStatus=78
+$(render_restarts ctrl-exec-api +)
 # It finishes what it is answering: connect_timeout and read_timeout together, and some air.
 TimeoutStopSec=90
 # An auth hook runs in here, too: what it needs beyond this, \`systemctl edit\` can give.
@@ -817,6 +902,7 @@ SystemCallArchitectures=native
 
 [Install]
 WantedBy=multi-user.target
+Also=ctrl-exec-api.socket
 END
 }
 
@@ -886,9 +972,7 @@ say_next_steps() {
         else
             say "  have your service manager run this as root: $prefix/bin/cea serve"
         fi
-        if runs_systemd && systemctl is-active --quiet ctrl-exec-agent; then
-            say "The agent that is running is the one from before: systemctl restart ctrl-exec-agent"
-        fi
+        say_restart ctrl-exec-agent agent
     fi
     [ -z "$api" ] || say_next_steps_of_api
 }
@@ -906,8 +990,21 @@ say_next_steps_of_api() {
     else
         say "  have your service manager run this: $prefix/bin/ctrl-exec-api"
     fi
-    if runs_systemd && systemctl is-active --quiet ctrl-exec-api; then
-        say "The API that is running is the one from before: systemctl restart ctrl-exec-api"
+    say_restart ctrl-exec-api API
+}
+
+say_restart() { # NAME WHAT
+    runs_systemd || return 0
+    case $changed_sockets in
+    *" $1 "*)
+        if systemctl is-active --quiet "$1.socket"; then
+            say "The port that systemd holds for the $2 is the one from before: systemctl restart $1.socket"
+            return
+        fi
+        ;;
+    esac
+    if systemctl is-active --quiet "$1.service"; then
+        say "The $2 that is running is the one from before: systemctl restart $1"
     fi
 }
 

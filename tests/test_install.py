@@ -32,6 +32,7 @@ BIN = "usr/local/bin"
 LINK = "../lib/ctrl-exec/launch"
 UNIT = "etc/systemd/system/ctrl-exec-agent.service"
 API_UNIT = "etc/systemd/system/ctrl-exec-api.service"
+SOCKET, API_SOCKET = (path.replace(".service", ".socket") for path in (UNIT, API_UNIT))
 TIMER = "etc/systemd/system/ctrl-exec-maintain.timer"
 TIMER_FILES = {TIMER: 0o644, "etc/systemd/system/ctrl-exec-maintain.service": 0o644}
 PROGRAM_FILES = {
@@ -153,7 +154,7 @@ def test_staging_makes_this_tree_with_these_modes_whatever_the_umask(tmp_path, s
         env={"PATH": fake_path(tmp_path / "fake", openrc_run="exit 1")},
     )
     expected = {**PROGRAM_FILES, **DISPATCHER_LINKS, **AGENT_LINKS, **CONFIGURATION}
-    expected.update({UNIT: 0o644, "etc/init.d/ctrl-exec-agent": 0o755, **TIMER_FILES})
+    expected.update({UNIT: 0o644, SOCKET: 0o644, "etc/init.d/ctrl-exec-agent": 0o755, **TIMER_FILES})
     assert files_of(stage) == expected
     found = tree(stage)
     assert {path: found[path] for path in DIRECTORIES} == {
@@ -174,7 +175,7 @@ def test_the_agent_role_brings_nothing_of_the_dispatcher(tmp_path):
     found = files_of(tmp_path)
     found.pop("etc/init.d/ctrl-exec-agent", None)  # where OpenRC is
     agent = {path: mode for path, mode in CONFIGURATION.items() if "agent" in path}
-    assert found == {**PROGRAM_FILES, **AGENT_LINKS, **agent, UNIT: 0o644}
+    assert found == {**PROGRAM_FILES, **AGENT_LINKS, **agent, UNIT: 0o644, SOCKET: 0o644}
     assert "request-pairing" in done.stdout and "setup-ca" not in done.stdout
 
 
@@ -182,8 +183,8 @@ def test_the_api_role_brings_what_it_shares_with_the_dispatcher_and_a_service(tm
     done = succeed(tmp_path, "--api")
     found = files_of(tmp_path)
     found.pop("etc/init.d/ctrl-exec-api", None)  # where OpenRC is
-    expected = {**PROGRAM_FILES, **API_LINKS, "etc/ctrl-exec/ctrl-exec.conf": 0o640, API_UNIT: 0o644}
-    assert found == expected
+    units = {API_UNIT: 0o644, API_SOCKET: 0o644}
+    assert found == {**PROGRAM_FILES, **API_LINKS, "etc/ctrl-exec/ctrl-exec.conf": 0o640, **units}
     assert "auth-hook" in done.stdout and "setup-ca" not in done.stdout
     assert run_launcher(tmp_path, "ctrl-exec-api", "--help").stdout.startswith("usage: ctrl-exec-api ")
     succeed(tmp_path, "--uninstall", "--api")
@@ -304,7 +305,7 @@ def test_uninstalling_one_role_leaves_the_other_working(tmp_path):
     succeed(tmp_path, "--uninstall", "--agent")
     found = files_of(tmp_path)
     assert set(DISPATCHER_LINKS) | set(PROGRAM_FILES) <= set(found)
-    assert not set(AGENT_LINKS) & set(found) and UNIT not in found
+    assert not {*AGENT_LINKS, UNIT, SOCKET} & set(found)
     assert run_launcher(tmp_path, "ced", "--version").returncode == 0
 
 
@@ -325,6 +326,7 @@ def test_uninstalling_one_prefix_keeps_the_service_of_another(tmp_path):
     succeed(tmp_path, "--agent")
     succeed(tmp_path, "--uninstall", "--agent", "--prefix", "/opt/other")
     assert "ExecStart=/usr/local/bin/cea serve\n" in read(tmp_path, UNIT)
+    assert os.path.exists(str(tmp_path / SOCKET))
 
 
 # --- refusals: one sentence, and nothing is changed -------------------------------------------------------
@@ -476,7 +478,9 @@ def test_a_machine_without_openssl_is_refused(tmp_path):
     assert "openssl" in refused(done, 1, tmp_path / "stage")
 
 
-OLDER = (BIN + "/ctrl-exec-dispatcher", BIN + "/cea", UNIT, API_UNIT, "etc/init.d/ctrl-exec-agent")
+OLDER = (
+    BIN + "/ctrl-exec-dispatcher", BIN + "/cea", UNIT, API_UNIT, API_SOCKET, "etc/init.d/ctrl-exec-agent",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -650,33 +654,105 @@ def test_the_launcher_takes_no_module_from_the_working_directory_or_the_environm
 # --- services -------------------------------------------------------------------------------------------
 
 
-def test_the_unit_lets_scripts_outlive_a_restart_and_does_not_confine_them(staged):
+def parse_unit(*parts):
     unit = configparser.ConfigParser(interpolation=None)
     unit.optionxform = str
-    unit.read_string(read(staged, UNIT))
+    unit.read_string(read(*parts))
+    return unit
+
+
+STOP_POST = (
+    "-%s/bin/sh -c '[ \"$$EXIT_STATUS\" != 78 ]"
+    " || exec systemctl --no-block --job-mode=ignore-dependencies stop %s.socket'"
+)
+
+
+def test_the_unit_lets_scripts_outlive_a_restart_and_does_not_confine_them(staged):
+    unit = parse_unit(staged, UNIT)
     service = dict(unit["Service"])
     assert service == {
         "Type": "notify",
         "NotifyAccess": "main",
         "ExecStart": "/usr/local/bin/cea serve",
-        "ExecReload": "/bin/kill -HUP $MAINPID",
+        "ExecReload": "/usr/local/bin/cea reload",
         "KillMode": "process",
         "OOMPolicy": "continue",
-        "Restart": "on-failure",
+        "Restart": "always",
         "RestartSec": "2",
         "RestartPreventExitStatus": str(ctrl_exec.EXIT_CONFIG),
+        "ExecStopPost": STOP_POST % ("", "ctrl-exec-agent"),
     }
     assert unit["Install"]["WantedBy"] == "multi-user.target"
     assert os.path.lexists(str(staged / service["ExecStart"].split()[0].lstrip("/")))
 
 
+@pytest.mark.parametrize(
+    "role, path, port",
+    [("--agent", UNIT, ["0.0.0.0:7443", "[::]:7443"]), ("--api", API_UNIT, ["127.0.0.1:7445"])],
+)
+def test_a_service_always_comes_back_and_its_port_is_never_free_meanwhile(tmp_path, role, path, port):
+    succeed(tmp_path, role)
+    name = os.path.basename(path)[: -len(".service")]
+    unit = parse_unit(tmp_path, path)
+    assert (unit["Service"]["Restart"], unit["Unit"]["StartLimitIntervalSec"]) == ("always", "0")
+    # Wanted, so that it comes along with a service that was enabled without it, and does not keep it away.
+    assert unit["Unit"]["Wants"].split() == unit["Unit"]["After"].split()
+    assert name + ".socket" in unit["Unit"]["Wants"].split() and "Requires" not in unit["Unit"]
+    assert unit["Unit"]["PartOf"] == unit["Install"]["Also"] == name + ".socket"
+    assert unit["Service"]["ExecReload"] == unit["Service"]["ExecStart"].split()[0] + " reload"
+    text = read(tmp_path, path.replace(".service", ".socket"))
+    assert re.findall(r"(?m)^ListenStream=(.*)$", text) == port
+    for line in ("BindIPv6Only=ipv6-only", "FreeBind=yes", "Accept=no", "FileDescriptorName=" + name):
+        assert "\n%s\n" % line in text
+    assert int(re.search(r"(?m)^Backlog=(\d+)$", text)[1]) >= 128
+    assert "\n[Install]\nWantedBy=sockets.target\n" in text
+
+
+@pytest.mark.parametrize("role, path", [("--agent", UNIT), ("--api", API_UNIT)])
+@pytest.mark.parametrize("status", ["78", "1", "KILL"])
+def test_the_port_is_closed_with_a_service_that_a_person_must_mend(tmp_path, role, path, status):
+    """Else the next to connect would start it again, and so on."""
+    succeed(tmp_path / "stage", role)
+    command = parse_unit(tmp_path / "stage", path)["Service"]["ExecStopPost"]
+    shell, text = re.fullmatch(r"-\+?(/bin/sh -c) '(.*)'", command).groups()
+    env = {"PATH": fake_path(tmp_path / "fake", systemctl='echo "$*"'), "EXIT_STATUS": status}
+    done = run_program([*shell.split(), text.replace("$$", "$")], env=env)
+    name = os.path.basename(path).replace(".service", ".socket")
+    stopped = "--no-block --job-mode=ignore-dependencies stop %s\n" % name
+    assert (done.returncode, done.stdout) == (0, stopped if status == "78" else "")
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ("port = 9000", ["0.0.0.0:9000", "[::]:9000"]),
+        ("bind = 10.0.0.1, ::1", ["10.0.0.1:7443", "[::1]:7443"]),
+        ("port = 7\nbind = fe80::1%eth0", ["[fe80::1]:7%%eth0"]),
+        ("port = 0", []),  # another one at each start
+    ],
+)
+def test_the_socket_follows_the_configuration_when_this_is_run_again(tmp_path, settings, expected):
+    succeed(tmp_path, "--agent")
+    put(tmp_path / "etc/ctrl-exec-agent/agent.conf", settings + "\n", 0o640)
+    succeed(tmp_path, "--agent")
+    text = read(tmp_path, SOCKET) if os.path.exists(str(tmp_path / SOCKET)) else ""
+    assert re.findall(r"(?m)^ListenStream=(.*)$", text) == expected
+    assert bool(text) == bool(expected)
+
+
+def test_the_socket_of_the_api_follows_its_own_settings(tmp_path):
+    settings = "port = 1\napi_port = 9001\napi_bind = ::1\n"
+    put(tmp_path / "etc/ctrl-exec/ctrl-exec.conf", settings, 0o640)
+    succeed(tmp_path, "--api")
+    assert re.findall(r"(?m)^ListenStream=(.*)$", read(tmp_path, API_SOCKET)) == ["[::1]:9001"]
+
+
 def test_the_timer_has_certificates_looked_after_when_that_is_due(tmp_path):
     succeed(tmp_path, "--dispatcher")
-    timer, service = configparser.ConfigParser(interpolation=None), configparser.ConfigParser(interpolation=None)
-    timer.read_string(read(tmp_path, TIMER))
-    service.read_string(read(tmp_path, TIMER.replace(".timer", ".service")))
+    timer, service = parse_unit(tmp_path, TIMER), parse_unit(tmp_path, TIMER.replace(".timer", ".service"))
     assert service["Service"]["ExecStart"] == "/usr/local/bin/ced maintain --if-due"
     assert service["Service"]["Type"] == "oneshot"
+    assert service["Service"]["TimeoutStartSec"] == "4h"  # a turn that hangs would be the last one
     assert (timer["Timer"]["OnCalendar"], timer["Install"]["WantedBy"]) == ("hourly", "timers.target")
     gone = succeed(tmp_path, "--uninstall", "--dispatcher")
     assert TIMER in gone.stdout and not [path for path in files_of(tmp_path) if "systemd" in path]
@@ -684,12 +760,10 @@ def test_the_timer_has_certificates_looked_after_when_that_is_due(tmp_path):
 
 def test_the_unit_of_the_api_runs_it_as_its_user_and_confines_it(tmp_path):
     succeed(tmp_path, "--api")
-    unit = configparser.ConfigParser(interpolation=None)
-    unit.optionxform = str
-    unit.read_string(read(tmp_path, API_UNIT))
-    service = dict(unit["Service"])
+    service = dict(parse_unit(tmp_path, API_UNIT)["Service"])
     assert service["ExecStart"] == "/usr/local/bin/ctrl-exec-api" and service["User"] == "ctrl-exec"
     assert service["RestartPreventExitStatus"] == str(ctrl_exec.EXIT_CONFIG)
+    assert service["ExecStopPost"] == STOP_POST % ("+", "ctrl-exec-api")  # +: its user may stop nothing
     assert service["ProtectSystem"] == "strict" and service["NoNewPrivileges"] == "yes"
     assert service["ReadWritePaths"].split() == ["-/var/lib/ctrl-exec/locks", "-/var/lib/ctrl-exec/runs"]
     hidden = ["-/etc/ctrl-exec/ca.key", "-/etc/ctrl-exec/ca.next.key", "-/var/lib/ctrl-exec/pairing-tokens"]
@@ -701,8 +775,7 @@ def test_the_unit_of_the_api_follows_what_the_configuration_keeps_elsewhere(tmp_
     put(tmp_path / "etc/ctrl-exec/ctrl-exec.conf", conf, 0o640)
     os.makedirs(str(tmp_path / "srv/100%"), mode=0o700)
     succeed(tmp_path, "--api")
-    unit = configparser.ConfigParser(interpolation=None)
-    unit.read_string(read(tmp_path, API_UNIT))
+    unit = parse_unit(tmp_path, API_UNIT)
     assert unit["Service"]["ReadWritePaths"] == '"-/srv/my locks" -/srv/100%%'
     assert unit["Service"]["InaccessiblePaths"].startswith("-/srv/pki/our.key -/srv/pki/our.next.key ")
     found = tree(tmp_path)
@@ -1057,3 +1130,62 @@ def _install_api(machine):
     done = machine.run("sh", SCRIPT, "--api", "--prefix", machine.prefix)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@needs_mounts
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
+def test_systemd_finds_nothing_amiss_in_the_units(machine):
+    _install_api(machine)
+    names = [os.path.basename(path) for path in (UNIT, SOCKET, API_UNIT, API_SOCKET, *TIMER_FILES)]
+    done = machine.run("systemd-analyze", "verify", "--man=no", *names)
+    assert (done.returncode, [line for line in done.stderr.splitlines() if "ctrl-exec" in line]) == (0, [])
+
+
+class Managed:
+    """A machine with a service manager that notes what it is told."""
+
+    def __init__(self, machine):
+        self.machine = machine
+        os.makedirs(machine.path("/run/systemd/system"))
+        self.active = ()
+        put(machine.path("/mnt/fake/systemctl"), "#!/bin/sh\necho \"$*\" >>/mnt/fake/told\n"
+            'case $1 in is-active) grep -qxF "$3" /mnt/fake/active ;; esac\n')  # fmt: skip
+
+    def install(self, *options, active=()):
+        put(self.machine.path("/mnt/fake/active"), "".join(one + "\n" for one in active))
+        put(self.machine.path("/mnt/fake/told"), "")
+        path = "PATH=/mnt/fake:" + ctrl_exec.SAFE_PATH
+        done = self.machine.run("env", path, "sh", SCRIPT, *options, "--prefix", self.machine.prefix)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def told(self):
+        return read(self.machine.path("/mnt/fake/told")).splitlines()
+
+
+@needs_mounts
+def test_after_an_upgrade_or_another_port_this_says_what_must_be_restarted(machine):
+    managed = Managed(machine)
+    service, port = "ctrl-exec-agent.service", "ctrl-exec-agent.socket"
+    os.unlink(machine.path("/" + SOCKET))  # as an installation without sockets has left it
+    said = managed.install("--agent", active=[service])
+    assert said.endswith("is the one from before: systemctl restart ctrl-exec-agent\n")
+    assert "daemon-reload" in managed.told()
+    put(machine.path("/etc/ctrl-exec-agent/agent.conf"), "port = 9000\n", 0o640)
+    said = managed.install("--agent", active=[service, port])
+    assert said.endswith("is the one from before: systemctl restart ctrl-exec-agent.socket\n")
+    said = managed.install("--agent", active=[port])
+    assert "from before" not in said
+
+
+@needs_mounts
+def test_uninstall_ends_the_service_and_gives_its_port_back(machine):
+    managed = Managed(machine)
+    managed.install("--uninstall", "--agent")
+    assert managed.told() == [
+        "disable --now ctrl-exec-agent.socket ctrl-exec-agent.service",
+        "daemon-reload",
+    ]
+    os.unlink(machine.path("/" + TIMER))
+    managed.install("--uninstall", "--dispatcher")
+    assert managed.told() == ["disable --now ctrl-exec-maintain.service", "daemon-reload"]
