@@ -906,31 +906,89 @@ Also=ctrl-exec-api.socket
 END
 }
 
-render_init_agent() { render_init agent "$prefix/bin/cea" serve TERM/30/KILL/5; }
-render_init_api() { render_init "HTTP API" "$prefix/bin/ctrl-exec-api" serve TERM/90/KILL/5; }
+render_init_agent() { render_init agent cea 30 "cea self-check"; }
+render_init_api() { render_init "HTTP API" ctrl-exec-api 90 "ctrl-exec-api check"; }
 
-render_init() { # WHAT COMMAND ARGUMENTS RETRY
+# What is called start-stop-daemon may be OpenRC's, dpkg's or busybox's. They agree on how a script is started,
+# and not on how its process is found again, which is the interpreter's: this does that by itself.
+render_init() { # WHAT COMMAND SECONDS-TO-STOP CHECK
     cat <<END
 #!/sbin/openrc-run
 # The ctrl-exec $1; $mark, which replaces it.
 
 description="ctrl-exec $1"
-command="$2"
-command_args="$3"
+description_reload="Reads the configuration again; when a file is wrong, this fails and nothing changes"
+command="$prefix/bin/$2"
+command_args="serve"
 command_background=true
 pidfile="/run/\$RC_SVCNAME.pid"
-retry="$4"
 extra_started_commands="reload"
+seconds_to_stop=$3
+# For \`supervisor=supervise-daemon\` in /etc/conf.d/\$RC_SVCNAME, which starts it again whenever it ends.
+retry="TERM/$3/KILL/5"
+respawn_delay=2
+respawn_max=0
 
 depend() {
     use net logger dns
     after firewall
 }
 
+# Sets \`pid\`, whose process may be another one by now: the program's name must be among its words.
+is_running() {
+    pid=\$(cat "\$pidfile") && [ -n "\$pid" ] || return 1
+    tr '\\0' '\\n' <"/proc/\$pid/cmdline" | grep -q "/\${command##*/}\\\$"
+} 2>/dev/null
+
+wait_for_end() { # SECONDS
+    turns=\$((\$1 * 5))
+    while is_running && [ "\$turns" -gt 0 ]; do
+        turns=\$((turns - 1))
+        sleep 0.2 2>/dev/null || sleep 1
+    done
+    ! is_running
+}
+
+start() {
+    if [ -z "\$supervisor" ] && is_running; then # after a \`zap\`
+        ewarn "\$RC_SVCNAME runs already, as process \$pid"
+        return 0
+    fi
+    rm -f "\$pidfile"
+    default_start || return 1
+    [ -z "\$supervisor" ] || return 0
+    sleep 1 # by now it would have ended if a person must mend something first
+    if ! is_running; then
+        eerror "\$RC_SVCNAME ended at once; this says why: $prefix/bin/$4"
+        return 1
+    fi
+}
+
+stop() {
+    if [ -n "\$supervisor" ]; then
+        default_stop
+        return
+    fi
+    ebegin "Stopping \$RC_SVCNAME"
+    if is_running; then
+        kill -s TERM "\$pid"
+        wait_for_end "\$seconds_to_stop" || { kill -s KILL "\$pid" && wait_for_end 5; }
+    fi
+    eend \$? "Failed to stop \$RC_SVCNAME" && rm -f "\$pidfile"
+}
+
+status() {
+    if [ -z "\$supervisor" ] && service_started && ! is_running; then
+        eerror "status: crashed"
+        return 32
+    fi
+    default_status
+}
+
 reload() {
     ebegin "Reloading \$RC_SVCNAME"
-    start-stop-daemon --signal HUP --pidfile "\$pidfile"
-    eend \$?
+    "\$command" reload
+    eend \$? "\$RC_SVCNAME goes on with the configuration from before"
 }
 END
 }

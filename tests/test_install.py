@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import stat
 import subprocess
@@ -799,6 +800,151 @@ def test_the_openrc_script_is_sound_and_starts_the_same(tmp_path):
     show = 'RC_SVCNAME=x; . "$0"; echo "$command|$command_args|$command_background|$pidfile"; type reload >&2'
     done = subprocess.run(["sh", "-euc", show, path], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "/usr/local/bin/cea|serve|true|/run/x.pid\n")
+
+
+# What OpenRC 0.45 does around such a script, with whatever is called start-stop-daemon.
+OPENRC = """
+RC_SVCNAME=ctrl-exec-agent
+ebegin() { :; }
+eend() { status=$1; shift; [ "$status" = 0 ] || echo "$*" >&2; return "$status"; }
+ewarn() { echo "$*" >&2; }
+eerror() { echo "$*" >&2; }
+service_started() { [ -e "$top/started" ]; }
+default_start() {
+    start-stop-daemon --start --exec "$command" --pidfile "$pidfile" --background --make-pidfile \
+        -- $command_args
+}
+default_stop() { start-stop-daemon --stop --retry $retry --exec "$command" --pidfile "$pidfile"; }
+default_status() { echo "as OpenRC says"; }
+start() { default_start; }
+stop() { default_stop; }
+status() { default_status; }
+top=$1 verb=$2
+. "$0"
+command=$top/bin/cea pidfile=$top/pid seconds_to_stop=1
+"$verb"
+"""
+DAEMON = """#!%s -IS
+import os, signal, sys, time
+top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+there = lambda name: os.path.exists(os.path.join(top, name))
+if sys.argv[1] == "reload":
+    sys.exit("cea: what is wrong" if there("wrong") else 0)
+if there("wrong"):
+    sys.exit(78)
+if there("deaf"):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+open(os.path.join(top, "up-%%d" %% os.getpid()), "w").close()
+time.sleep(600)
+"""
+
+
+class OpenRC:
+    """The rendered script with a program in the agent's place, which is a script of Python as well."""
+
+    def __init__(self, top, shell, daemon):
+        env = {"PATH": fake_path(top / "fake", openrc_run="exit 1")}
+        succeed(top / "stage", "--agent", env=env)
+        put(top / "bin/cea", DAEMON % sys.executable)
+        self._argv = [*shell, "-uc", OPENRC, str(top / "stage/etc/init.d/ctrl-exec-agent"), str(top)]
+        self._env = {"PATH": ctrl_exec.SAFE_PATH}
+        if daemon == "busybox":
+            os.symlink(shutil.which("busybox"), str(top / "fake/start-stop-daemon"))
+            self._env["PATH"] = "%s:%s" % (top / "fake", ctrl_exec.SAFE_PATH)
+        self._top = top
+
+    def __call__(self, verb):
+        done = run_program([*self._argv, verb], env={**self._env, "supervisor": ""})
+        return done.returncode, (done.stdout + done.stderr).strip()
+
+    def pid(self):
+        """Of the process that was started, once it is up."""
+        pid = int(read(self._top, "pid"))
+        support.wait_until((self._top / ("up-%d" % pid)).exists, what="the program")
+        return pid
+
+    def mark(self, name, text=""):
+        put(self._top / name, text)
+
+    def unmark(self, name):
+        os.unlink(str(self._top / name))
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            pid = int(read(self._top, "pid"))
+            if str(self._top / "bin/cea") in read("/proc/%d/cmdline" % pid):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _is_alive(pid):
+    with contextlib.suppress(FileNotFoundError):
+        return "\nState:\tZ" not in read("/proc/%d/status" % pid)
+    return False
+
+
+@pytest.fixture(
+    params=[
+        (["sh"], "dpkg"),
+        (["busybox", "sh"], "busybox"),
+    ],
+    ids=lambda param: param[1],
+)
+def openrc(request, tmp_path):
+    shell, daemon = request.param
+    if not shutil.which("start-stop-daemon" if daemon == "dpkg" else "busybox"):
+        pytest.skip("needs %s's start-stop-daemon" % daemon)
+    with contextlib.closing(OpenRC(tmp_path, shell, daemon)) as one:
+        yield one
+
+
+def test_openrc_starts_restarts_and_stops_whatever_start_stop_daemon_is(openrc):
+    assert openrc("start") == (0, "")
+    first = openrc.pid()
+    assert openrc("stop") == (0, "") and not _is_alive(first)
+    assert openrc("stop") == (0, "")
+    assert openrc("start") == (0, "")
+    second = openrc.pid()
+    status, said = openrc("start")  # OpenRC has forgotten that it runs
+    assert (status, openrc.pid()) == (0, second) and "runs already, as process %d" % second in said
+    openrc.mark("started")
+    assert openrc("status") == (0, "as OpenRC says")
+    os.kill(second, signal.SIGKILL)
+    support.wait_until(lambda: not _is_alive(second), what="its end")
+    assert openrc("status") == (32, "status: crashed")
+    assert openrc("stop") == (0, "")
+
+
+def test_openrc_reloads_by_the_program_itself_and_fails_when_that_fails(openrc):
+    assert openrc("start") == (0, "")
+    pid = openrc.pid()
+    assert openrc("reload") == (0, "")
+    openrc.mark("wrong")
+    status, said = openrc("reload")
+    assert status == 1 and "cea: what is wrong" in said and "goes on with the configuration from before" in said
+    assert _is_alive(pid)
+
+
+def test_openrc_says_so_when_the_program_ends_at_once(openrc):
+    openrc.mark("wrong")
+    status, said = openrc("start")
+    assert status == 1 and "ended at once; this says why: /usr/local/bin/cea self-check" in said
+    openrc.unmark("wrong")
+    assert openrc("start") == (0, "")
+
+
+def test_openrc_kills_what_does_not_end_by_itself(openrc):
+    openrc.mark("deaf")
+    assert openrc("start") == (0, "")
+    pid = openrc.pid()
+    assert openrc("stop") == (0, "") and not _is_alive(pid)
+
+
+def test_openrc_does_not_end_a_process_that_has_got_the_number_of_ours(openrc):
+    with subprocess.Popen(["sleep", "60"]) as other:
+        openrc.mark("pid", "%d\n" % other.pid)
+        assert openrc("stop") == (0, "")
+        assert other.poll() is None
+        other.kill()
 
 
 # --- the tests' own start ---------------------------------------------------------------------------------
