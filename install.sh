@@ -156,8 +156,8 @@ refuse_python() { # WHAT NEEDS IT, WHO, WHAT AN INTERPRETER LACKS
     die 1 "$1 Python 3.9 or newer with its standard library$where${PYTHON:+; $PYTHON is none}"
 }
 
-need_openssl() {
-    has openssl || die 1 "the openssl program is missing: install the package openssl first"
+need_program() { # NAME PACKAGE
+    has "$1" || die 1 "the $1 program is missing: install the package $2 first"
 }
 
 # --- --run-tests --------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ if [ -n "$run_tests" ]; then
     [ -z "$dispatcher$agent$api$uninstall$move_aside" ] || die 2 "--run-tests goes with no other option"
     python=$(probe_python "${PYTHON:-python3}" '') || python=$(find_python '') ||
         refuse_python "the tests need" '' "$python"
-    need_openssl
+    need_program openssl openssl
     cd "$here"
     temporary=''
     if ! "$python" -c 'import pytest' >/dev/null 2>&1; then
@@ -422,7 +422,8 @@ fi
 who=''
 [ "$kind" != live ] || who=all
 python=$(find_python "$who") || refuse_python "an installation needs" "$who" "$python"
-need_openssl
+need_program openssl openssl
+need_program cmp diffutils # small images leave it out
 if [ "$kind" = live ] && ! has useradd && ! has adduser; then
     die 1 "neither useradd nor adduser is there to make the service users with: install the package passwd"
 fi

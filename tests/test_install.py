@@ -470,13 +470,15 @@ def test_another_python_is_taken_when_the_first_has_a_part_of_the_standard_libra
     assert run_program([str(tmp_path / "stage" / BIN / "cea"), "--version"]).returncode == 0
 
 
-def test_a_machine_without_openssl_is_refused(tmp_path):
-    tools = "sh dirname cat cut cmp cp chmod mv mkdir mktemp rm rmdir ln readlink grep id sed env"
+@pytest.mark.parametrize("missing, package", [("openssl", "openssl"), ("cmp", "diffutils")])
+def test_a_machine_without_a_program_that_is_needed_is_refused(tmp_path, missing, package):
+    tools = "sh dirname cat cut cmp cp chmod mv mkdir mktemp rm rmdir ln readlink grep id sed env openssl"
     (tmp_path / "bin").mkdir()
-    for name in tools.split():
+    for name in set(tools.split()) - {missing}:
         os.symlink(shutil.which(name), str(tmp_path / "bin" / name))
     done = install(tmp_path / "stage", *BOTH, env={"PATH": str(tmp_path / "bin")})
-    assert "openssl" in refused(done, 1, tmp_path / "stage")
+    said = refused(done, 1, tmp_path / "stage")
+    assert "the %s program is missing: install the package %s first" % (missing, package) in said
 
 
 OLDER = (
