@@ -7,13 +7,14 @@ umask 022
 
 usage() {
     cat <<'END'
-usage: install.sh [--dispatcher] [--agent] [--api] [--prefix DIR]      install one role or more
+usage: install.sh [--dispatcher] [--agent] [--api] [--prefix DIR] [--move-aside]   install one role or more
        install.sh --uninstall [--dispatcher] [--agent] [--api] [--prefix DIR]
        install.sh --run-tests [ARGUMENTS OF PYTEST ...]
 
   --dispatcher   the control host: ced (also: ctrl-exec, ctrl-exec-dispatcher)
   --agent        a managed host: cea (also: ctrl-exec-agent), and a service that is not started yet
   --api          the HTTP API on a control host: ctrl-exec-api, and a service that is not started yet
+  --move-aside   rename what is in the way and not made by this script to NAME.before-ctrl-exec
   --uninstall    remove the program and the service; configuration, keys, state and users stay
   --run-tests    run the tests with $PYTHON, or with python3
   --prefix DIR   where the program goes (default: /usr/local)
@@ -41,7 +42,7 @@ here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd -P)
 
 # --- options ------------------------------------------------------------------------------------------
 
-dispatcher='' agent='' api='' uninstall='' run_tests=''
+dispatcher='' agent='' api='' uninstall='' run_tests='' move_aside=''
 prefix=/usr/local
 
 while [ $# -gt 0 ]; do
@@ -50,6 +51,7 @@ while [ $# -gt 0 ]; do
     --agent) agent=yes ;;
     --api) api=yes ;;
     --uninstall) uninstall=yes ;;
+    --move-aside) move_aside=yes ;;
     --prefix)
         [ $# -ge 2 ] || die 2 "--prefix needs a directory"
         prefix=$2
@@ -81,16 +83,34 @@ while [ "$prefix" != "${prefix%/}" ]; do prefix=${prefix%/}; done
 
 # --- the interpreter ----------------------------------------------------------------------------------
 
-# Print the absolute path of an interpreter that will do, or fail. $2 = all: everybody must be able to read
-# its library, because what faces the network gives up root and imports modules afterwards.
+# Print the absolute path of an interpreter that will do; or fail, and print what it lacks if that is all that
+# is amiss. $2 = all: everybody must be able to read its library, because what faces the network gives up root
+# and imports modules afterwards.
 probe_python() {
-    "$1" -I - "$2" 2>/dev/null <<'END'
+    "$1" -IS - "$2" "$here/ctrl_exec.py" 2>/dev/null <<'END'
 import os
+import re
 import sys
 
 if sys.version_info < (3, 9) or len(sys.executable.split()) != 1:
     sys.exit(1)
-import ssl
+
+# A system may have a part of the standard library only (python3-minimal), and the program imports much of it
+# late: each module that it imports anywhere is tried now.
+names = set()
+if os.path.exists(sys.argv[2]):
+    with open(sys.argv[2], encoding="utf-8") as file:
+        found = re.findall(r"(?m)^ *(?:import +([\w., ]+)|from +([\w.]+) +import )", file.read())
+    names = {name.split()[0] for pair in found for name in ",".join(pair).split(",") if name.strip()}
+missing = []
+for name in sorted(names | {"ssl"}):
+    try:
+        __import__(name)
+    except Exception:  # NameError, too: modules whose own imports fail half-way raise what they like
+        missing.append(name)
+if missing:
+    print(sys.executable, "cannot import", ", ".join(missing))
+    sys.exit(1)
 
 if sys.argv[1] == "all":
     for path in (os.path.realpath(os.__file__), os.path.realpath(sys.executable)):
@@ -103,32 +123,41 @@ END
 }
 
 # For an installation: a system interpreter before the one that happens to be first in somebody's PATH, which
-# may be a shim that works in his shell only, and by the name that survives the system's upgrades.
+# may be a shim that works in his shell only, and by the name that survives the system's upgrades. When it
+# fails it prints what the first one lacks for which a package is all that is needed.
 find_python() { # WHO
     if [ -n "${PYTHON:-}" ]; then
         probe_python "$PYTHON" "$1" || return 1
         return
     fi
+    lacking=''
     for candidate in /usr/bin/python3 /usr/local/bin/python3 python3 \
         python3.14 python3.13 python3.12 python3.11 python3.10 python3.9; do
-        if has "$candidate" && probe_python "$candidate" "$1" >/dev/null; then
+        if ! has "$candidate"; then
+            continue
+        elif answer=$(probe_python "$candidate" "$1"); then
             case $candidate in
-            /*) printf '%s\n' "$candidate" ;;
-            *) probe_python "$candidate" "$1" ;;
+            /*) answer=$candidate ;;
             esac
+            printf '%s\n' "$answer"
             return
         fi
+        lacking=${lacking:-$answer}
     done
+    printf '%s\n' "$lacking"
     return 1
 }
 
-refuse_python() { # WHAT NEEDS IT, WHO
+refuse_python() { # WHAT NEEDS IT, WHO, WHAT AN INTERPRETER LACKS
+    if [ -n "$3" ]; then
+        die 1 "$3: install the rest of its standard library (on Debian and Ubuntu, the package python3)"
+    fi
     where=${2:+, where every user can read it}
-    die 1 "$1 Python 3.9 or newer with its ssl module$where${PYTHON:+; $PYTHON is none}"
+    die 1 "$1 Python 3.9 or newer with its standard library$where${PYTHON:+; $PYTHON is none}"
 }
 
-need_openssl() {
-    has openssl || die 1 "the openssl program is missing: install the package openssl first"
+need_program() { # NAME PACKAGE
+    has "$1" || die 1 "the $1 program is missing: install the package $2 first"
 }
 
 # --- --run-tests --------------------------------------------------------------------------------------
@@ -156,10 +185,10 @@ make_test_environment() { # PYTHON CACHE
 }
 
 if [ -n "$run_tests" ]; then
-    [ -z "$dispatcher$agent$api$uninstall" ] || die 2 "--run-tests goes with no other option"
+    [ -z "$dispatcher$agent$api$uninstall$move_aside" ] || die 2 "--run-tests goes with no other option"
     python=$(probe_python "${PYTHON:-python3}" '') || python=$(find_python '') ||
-        refuse_python "the tests need" ''
-    need_openssl
+        refuse_python "the tests need" '' "$python"
+    need_program openssl openssl
     cd "$here"
     temporary=''
     if ! "$python" -c 'import pytest' >/dev/null 2>&1; then
@@ -185,6 +214,7 @@ fi
 
 # --- what is asked, and whether it can be had: nothing is changed before this is clear ------------------
 
+[ -z "$uninstall" ] || [ -z "$move_aside" ] || die 2 "--move-aside is for an installation"
 if [ -z "$dispatcher$agent$api" ]; then
     [ -n "$uninstall" ] || die 2 "say which role: --dispatcher, --agent, --api (see install.sh --help)"
     dispatcher=yes agent=yes api=yes
@@ -213,6 +243,9 @@ links="${dispatcher:+ced ctrl-exec ctrl-exec-dispatcher }${agent:+cea ctrl-exec-
 all_links='ced ctrl-exec ctrl-exec-dispatcher cea ctrl-exec-agent ctrl-exec-api'
 services="${agent:+ctrl-exec-agent }${api:+ctrl-exec-api}"
 timers="${dispatcher:+ctrl-exec-maintain}"
+unit_files=''
+for name in $services; do unit_files="$unit_files $name.service $name.socket"; done
+for name in $timers; do unit_files="$unit_files $name.service $name.timer"; done
 case $prefix in
 /usr) units=$stage/usr/lib/systemd/system ;; # a package's
 *) units=$stage/etc/systemd/system ;;        # an administrator's
@@ -220,16 +253,17 @@ esac
 inits=$stage/etc/init.d
 mark='written by install.sh of ctrl-exec'
 
-check_writable() { # DIRECTORY: it, or what there is of the way to it
-    path=$1
-    while [ ! -e "$path" ] && [ ! -L "$path" ]; do path=$(dirname "$path"); done
-    if [ ! -d "$path" ] || [ ! -w "$path" ]; then
-        die 1 "$path is not a directory you may write to: run this as root, or with --prefix DIR or DESTDIR"
-    fi
+check_writable() { # DIRECTORY...: each of them, or what there is of the way to it
+    unwritable=''
+    for path in "$@"; do
+        while [ ! -e "$path" ] && [ ! -L "$path" ]; do path=$(dirname "$path"); done
+        if [ ! -d "$path" ] || [ ! -w "$path" ]; then unwritable="$unwritable, $path"; fi
+    done
+    [ -z "$unwritable" ] ||
+        die 1 "not a directory that you may write to: ${unwritable#, }; run this as root, or with --prefix DIR or DESTDIR"
 }
 
-check_writable "$lib"
-check_writable "$bin"
+check_writable "$lib" "$bin"
 
 is_our_link() { [ -L "$1" ] && [ "$(readlink "$1")" = "$launcher" ]; }
 is_our_service() { [ -f "$1" ] && grep -qF "$mark" "$1"; }
@@ -249,21 +283,25 @@ remove() {
 # The service file that starts the program of this very prefix.
 is_its_service() { is_our_service "$1" && grep -qF "$prefix/bin/" "$1"; }
 
-remove_timer() { # NAME
-    if is_its_service "$units/$1.service"; then
-        if runs_systemd; then systemctl disable --now "$1.timer" || true; fi
-        remove "$units/$1.timer"
-        remove "$units/$1.service"
-        if runs_systemd; then systemctl daemon-reload || true; fi
+remove_units() { # NAME SUFFIX: a service, and what starts it
+    there=''
+    for suffix in "$2" service; do
+        file=$units/$1.$suffix
+        if is_its_service "$file" || { is_its_service "$units/$1.service" && is_our_service "$file"; }; then
+            there="$there $1.$suffix"
+        fi
+    done
+    [ -n "$there" ] || return 0
+    if runs_systemd; then
+        # shellcheck disable=SC2086 # several names
+        systemctl disable --now $there || true
     fi
+    for name in $there; do remove "$units/$name"; done
+    if runs_systemd; then systemctl daemon-reload || true; fi
 }
 
 remove_service() { # NAME
-    if is_its_service "$units/$1.service"; then
-        if runs_systemd; then systemctl disable --now "$1.service" || true; fi
-        remove "$units/$1.service"
-        if runs_systemd; then systemctl daemon-reload || true; fi
-    fi
+    remove_units "$1" socket
     if is_its_service "$inits/$1"; then
         if [ "$kind" = live ] && has rc-service && has rc-update; then
             rc-service --ifstarted "$1" stop || true
@@ -273,21 +311,23 @@ remove_service() { # NAME
     fi
 }
 
-say_what_stays() { # ROLE DIRECTORY...
+say_what_stays() { # DIRECTORY DIRECTORY USER...
     left=''
-    for path in "$2" "$3"; do
+    for path in "$1" "$2"; do
         [ ! -e "$stage$path" ] || left="$left $path"
     done
-    if [ "$kind" = live ] && id -u "$1" >/dev/null 2>&1; then
-        left="$left and the user $1"
-    fi
+    shift 2
+    for name in "$@"; do
+        [ "$kind" != live ] || ! id -u "$name" >/dev/null 2>&1 || left="$left, the user $name"
+    done
+    left=${left#,}
     [ -z "$left" ] || say "left as it is:$left"
 }
 
 if [ -n "$uninstall" ]; then
     if [ "$kind" != program ]; then
         for name in $services; do remove_service "$name"; done
-        for name in $timers; do remove_timer "$name"; done
+        for name in $timers; do remove_units "$name" timer; done
     fi
     for name in $links; do
         if is_our_link "$bin/$name"; then
@@ -311,8 +351,9 @@ if [ -n "$uninstall" ]; then
         rmdir "$lib" 2>/dev/null || say "left as it is, holding other files: ${lib#"$stage"}"
     fi
     if [ "$kind" != program ]; then
-        [ -z "$dispatcher$api" ] || say_what_stays ctrl-exec /etc/ctrl-exec /var/lib/ctrl-exec
-        [ -z "$agent" ] || say_what_stays ctrl-exec-agent /etc/ctrl-exec-agent /var/lib/ctrl-exec-agent
+        [ -z "$dispatcher$api" ] || say_what_stays /etc/ctrl-exec /var/lib/ctrl-exec ctrl-exec
+        [ -z "$agent" ] ||
+            say_what_stays /etc/ctrl-exec-agent /var/lib/ctrl-exec-agent ctrl-exec-agent ctrl-exec-script
     fi
     exit 0
 fi
@@ -320,28 +361,165 @@ fi
 # --- before the installation ----------------------------------------------------------------------------
 
 [ -f "$here/ctrl_exec.py" ] || die 1 "ctrl_exec.py is not beside this script, in $here"
-refuse_foreign() { die 1 "${1#"$stage"} is there already and not made by this script: move it away first"; }
+
+# MODE OWNER:GROUP PATH of each directory.
+list_directories_of_dispatcher() {
+    # setgid: what root makes in them, the HTTP API can read. The tokens are secrets: only root makes and reads
+    # them.
+    cat <<'END'
+0750 root:ctrl-exec /etc/ctrl-exec
+0750 root:ctrl-exec /var/lib/ctrl-exec
+2750 root:ctrl-exec /var/lib/ctrl-exec/agents
+2770 root:ctrl-exec /var/lib/ctrl-exec/locks
+2770 root:ctrl-exec /var/lib/ctrl-exec/runs
+0770 root:ctrl-exec /var/lib/ctrl-exec/pairing
+0700 root:root /var/lib/ctrl-exec/pairing-tokens
+END
+}
+
+list_directories_of_agent() {
+    cat <<'END'
+0750 root:ctrl-exec-agent /etc/ctrl-exec-agent
+0755 root:root /var/lib/ctrl-exec-agent
+0750 root:ctrl-exec-agent /var/lib/ctrl-exec-agent/runs
+0700 root:root /var/lib/ctrl-exec-agent/locks
+END
+}
+
+list_directories() {
+    [ -z "$dispatcher$api" ] || list_directories_of_dispatcher
+    [ -z "$agent" ] || list_directories_of_agent
+}
+
+in_the_way='' # what has a name that is needed; without the stage, whose own name may hold spaces
+note_foreign() { # PATH: neither link nor service of ours, as the caller has found
+    ! is_there "$1" || in_the_way="$in_the_way ${1#"$stage"}"
+}
 for name in $links; do
-    is_our_link "$bin/$name" || ! is_there "$bin/$name" || refuse_foreign "$bin/$name"
+    is_our_link "$bin/$name" || note_foreign "$bin/$name"
 done
 if [ "$kind" != program ]; then
+    check_writable "$stage/etc" "$stage/var/lib" "$units"
+    for path in $(list_directories | cut -d ' ' -f 3); do
+        [ -d "$stage$path" ] || note_foreign "$stage$path"
+    done
+    for name in $unit_files; do
+        is_our_service "$units/$name" || note_foreign "$units/$name"
+    done
     for name in $services; do
-        for path in "$units/$name.service" "$inits/$name"; do
-            is_our_service "$path" || ! is_there "$path" || refuse_foreign "$path"
-        done
+        is_our_service "$inits/$name" || note_foreign "$inits/$name"
     done
-    for name in $timers; do
-        for path in "$units/$name.service" "$units/$name.timer"; do
-            is_our_service "$path" || ! is_there "$path" || refuse_foreign "$path"
-        done
+fi
+if [ -n "$in_the_way" ]; then
+    [ -n "$move_aside" ] ||
+        die 1 "in the way, and not made by this script:$in_the_way; move them away first, or add --move-aside"
+    taken=''
+    for path in $in_the_way; do
+        ! is_there "$stage$path.before-ctrl-exec" || taken="$taken $path.before-ctrl-exec"
     done
+    [ -z "$taken" ] || die 1 "--move-aside overwrites nothing: move these away first:$taken"
 fi
 who=''
 [ "$kind" != live ] || who=all
-python=$(find_python "$who") || refuse_python "an installation needs" "$who"
-need_openssl
+python=$(find_python "$who") || refuse_python "an installation needs" "$who" "$python"
+need_program openssl openssl
+need_program cmp diffutils # small images leave it out
 if [ "$kind" = live ] && ! has useradd && ! has adduser; then
     die 1 "neither useradd nor adduser is there to make the service users with: install the package passwd"
+fi
+
+# What the configuration of a role says, as the program itself reads it.
+ask() { # DIRECTORY-OF-PROGRAM ROLE CONFIGURATION QUESTION
+    "$python" -ISB - "$@" <<'END'
+import os
+import re
+import socket
+import sys
+
+library, role, path, question = sys.argv[1:]
+sys.path.insert(0, library)
+import ctrl_exec
+
+socket.gethostname = lambda: "localhost"  # no answer depends on it, and not every host name can be an id
+try:
+    config = ctrl_exec.load_config(role, path)
+except ctrl_exec.CtrlExecError as error:
+    print(error.message)
+    sys.exit(1)
+
+
+def directories():
+    """MODE OWNER:GROUP PATH of those that have a key."""
+    modes = {"registry_dir": "2750", "lock_dir": "2770", "runs_dir": "2770", "pairing_dir": "0770"}
+    for key, mode in modes.items():
+        yield "%s root:ctrl-exec %s" % (mode, getattr(config, key))
+
+
+def files_of_api():
+    """What the API must read and others must not. A TLS key of its own only if it is kept with the rest: one
+    from elsewhere has other users, too."""
+    identity = ctrl_exec.dispatcher_identity(config)
+    yield config.key
+    yield ctrl_exec.next_path(config.key)
+    for former in ctrl_exec.find_former(identity):
+        yield former.key
+    if config.api_key and os.path.dirname(config.api_key) == ctrl_exec.ETC:
+        yield config.api_key
+    if os.path.isdir(config.registry_dir):
+        for name in sorted(os.listdir(config.registry_dir)):
+            if name.endswith(".json"):
+                yield os.path.join(config.registry_dir, name)
+
+
+def quoted(path):
+    """A path in a unit, which is not to fail for one that is missing: the program says more than systemd."""
+    escaped = "-" + path.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    return escaped if re.fullmatch(r"[\w./+@,%-]+", escaped) else '"%s"' % escaped
+
+
+def listen(addresses, port):
+    """Lines of a socket unit; none for port 0, which is another one at each start. IPv4 and IPv6 apart, as the
+    program has them: no peer arrives as ::ffff:10.0.0.5."""
+    for address in addresses or ("0.0.0.0", "::"):
+        address, _, zone = address.partition("%")
+        form = "ListenStream=[%s]:%d" if ":" in address else "ListenStream=%s:%d"
+        if port:
+            yield form % (address, port) + ("%%" + zone if zone else "")
+
+
+def rights_of_api():
+    """Lines of its unit: what it may write, and what it must not see."""
+    key = ctrl_exec.ca_key_path(config.ca)
+    hidden = (key, ctrl_exec.next_path(key), ctrl_exec.token_directory(config))
+    yield "ReadWritePaths=" + " ".join(map(quoted, (config.lock_dir, config.runs_dir)))
+    yield "InaccessiblePaths=" + " ".join(map(quoted, hidden))
+
+
+answers = {
+    "valid": tuple,
+    "directories": directories,
+    "files-of-api": files_of_api,
+    "rights-of-api": rights_of_api,
+    "key": lambda: [config.key],
+    "port-of-agent": lambda: listen(config.bind, config.port),
+    "port-of-api": lambda: listen(config.api_bind, config.api_port),
+}
+for line in answers[question]():
+    print(line)
+END
+}
+
+agent_conf=/etc/ctrl-exec-agent/agent.conf
+dispatcher_conf=/etc/ctrl-exec/ctrl-exec.conf
+
+check_configuration() { # ROLE CONFIGURATION: what is installed is made after it
+    if [ -e "$stage$2" ]; then
+        reason=$(ask "$here" "$1" "$stage$2" valid) || die 1 "$reason"
+    fi
+}
+if [ "$kind" != program ]; then
+    [ -z "$dispatcher$api" ] || check_configuration dispatcher "$dispatcher_conf"
+    [ -z "$agent" ] || check_configuration agent "$agent_conf"
 fi
 
 work=$(mktemp -d)
@@ -366,13 +544,15 @@ give() { # OWNER:GROUP PATH: a staged tree has no such groups yet
     [ "$kind" != live ] || chown "$1" "$2"
 }
 
-make_directory() { # MODE OWNER:GROUP PATH
-    if [ ! -d "$stage$3" ]; then
-        mkdir -p "$(dirname "$stage$3")"
-        mkdir -m 0700 "$stage$3"
-    fi
-    give "$2" "$stage$3"
-    chmod "$1" "$stage$3"
+make_directories() { # as they are listed on standard input
+    while read -r mode owner path; do
+        if [ ! -d "$stage$path" ]; then
+            mkdir -p "$(dirname "$stage$path")"
+            mkdir -m 0700 "$stage$path"
+        fi
+        give "$owner" "$stage$path"
+        chmod "$mode" "$stage$path"
+    done
 }
 
 # A configuration file, from SOURCE; one that is there stays as it is, its mode too.
@@ -390,6 +570,15 @@ make_conf() { # SOURCE GROUP PATH
 
 example() { # ROLE FILE
     "$python" -I "$lib/launch" conf-example "$1" >"$2"
+}
+
+ask_dispatcher() { ask_installed dispatcher "$dispatcher_conf" "$1"; } # QUESTION
+ask_agent() { ask_installed agent "$agent_conf" "$1"; }                # QUESTION
+
+ask_installed() { # ROLE CONFIGURATION QUESTION
+    path=$stage$2
+    [ -e "$path" ] || path=$work/${2##*/} # a link to nowhere was kept: then the example, which is the defaults
+    ask "$lib" "$1" "$path" "$3"
 }
 
 group_exists() {
@@ -473,27 +662,23 @@ END
 
 install_dispatcher() {
     make_user ctrl-exec
-    make_directory 0750 root:ctrl-exec /etc/ctrl-exec
-    make_directory 0750 root:ctrl-exec /var/lib/ctrl-exec
-    # setgid: what root makes in them, the HTTP API can read
-    make_directory 2750 root:ctrl-exec /var/lib/ctrl-exec/agents
-    make_directory 2770 root:ctrl-exec /var/lib/ctrl-exec/locks
-    make_directory 2770 root:ctrl-exec /var/lib/ctrl-exec/runs
-    make_directory 0770 root:ctrl-exec /var/lib/ctrl-exec/pairing
-    make_directory 0700 root:root /var/lib/ctrl-exec/pairing-tokens # secrets; only root makes and reads them
+    list_directories_of_dispatcher | make_directories
     example dispatcher "$work/ctrl-exec.conf"
-    make_conf "$work/ctrl-exec.conf" ctrl-exec /etc/ctrl-exec/ctrl-exec.conf
+    make_conf "$work/ctrl-exec.conf" ctrl-exec "$dispatcher_conf"
+    ask_dispatcher directories >"$work/directories"
+    # One that is kept elsewhere and is there already is somebody's own, and may have other uses.
+    while read -r line; do
+        is_there "$stage${line#* * }" || printf '%s\n' "$line"
+    done <"$work/directories" | make_directories
     [ -z "$dispatcher" ] || install_timer ctrl-exec-maintain
 }
 
 install_agent() {
-    make_user ctrl-exec-agent
-    make_directory 0750 root:ctrl-exec-agent /etc/ctrl-exec-agent
-    make_directory 0755 root:root /var/lib/ctrl-exec-agent
-    make_directory 0750 root:ctrl-exec-agent /var/lib/ctrl-exec-agent/runs
-    make_directory 0700 root:root /var/lib/ctrl-exec-agent/locks
+    make_user ctrl-exec-agent # what faces the network
+    make_user ctrl-exec-script # scripts without a profile: may read nothing of the agent's
+    list_directories_of_agent | make_directories
     example agent "$work/agent.conf"
-    make_conf "$work/agent.conf" ctrl-exec-agent /etc/ctrl-exec-agent/agent.conf
+    make_conf "$work/agent.conf" ctrl-exec-agent "$agent_conf"
     cat >"$work/scripts.conf" <<'END'
 # ==== /etc/ctrl-exec-agent/scripts.conf: what may run on this host; nothing else does ====
 # Read at start and on SIGHUP. One script a line:
@@ -509,21 +694,15 @@ END
 install_api() {
     [ -n "$dispatcher" ] || install_dispatcher
     if [ "$kind" = live ]; then
-        open_to_api 0640 /var/lib/ctrl-exec/agents/*.json # not runs/: the API's user could put a link there
-        open_to_api 0640 /etc/ctrl-exec/dispatcher.key
+        ask_dispatcher files-of-api >"$work/files" # not runs/: the API's user could put a link there
+        while IFS= read -r path; do
+            if [ -f "$path" ] && [ ! -L "$path" ]; then
+                chgrp ctrl-exec "$path"
+                chmod 0640 "$path"
+            fi
+        done <"$work/files"
     fi
     install_service ctrl-exec-api
-}
-
-open_to_api() { # MODE FILE...
-    mode=$1
-    shift
-    for path in "$@"; do
-        if [ -f "$path" ] && [ ! -L "$path" ]; then
-            chgrp ctrl-exec "$path"
-            chmod "$mode" "$path"
-        fi
-    done
 }
 
 has_openrc() { has openrc-run || [ -x /sbin/openrc-run ]; }
@@ -553,12 +732,14 @@ Type=oneshot
 ExecStart=$prefix/bin/ced maintain --if-due
 # 1: a host needs a person, and the journal says which; the next turn tries again.
 SuccessExitStatus=1
+# Thousands of hosts that do not answer take an hour. Nothing is lost when it ends: the next turn goes on.
+TimeoutStartSec=4h
 END
 }
 
 render_timer_maintain() {
     cat <<END
-# When; $mark, which replaces it. \`cert_check_interval\` in ctrl-exec.conf says how often it does something.
+# When $prefix/bin/ced maintain runs; $mark, which replaces it. \`cert_check_interval\` in ctrl-exec.conf says how often it does something.
 [Unit]
 Description=ctrl-exec certificates, every hour
 
@@ -578,6 +759,7 @@ install_service() { # NAME
         "render_unit_${1#ctrl-exec-}" >"$work/unit"
         mkdir -p "$units"
         put "$work/unit" "$units/$1.service" 0644
+        install_socket "$1"
         if runs_systemd; then systemctl daemon-reload || true; fi
     fi
     if has_openrc; then
@@ -587,61 +769,124 @@ install_service() { # NAME
     fi
 }
 
+changed_sockets=' '
+install_socket() { # NAME
+    "render_socket_${1#ctrl-exec-}" >"$work/unit"
+    if grep -q '^ListenStream=' "$work/unit"; then
+        cmp -s "$work/unit" "$units/$1.socket" || changed_sockets="$changed_sockets$1 "
+        put "$work/unit" "$units/$1.socket" 0644
+    else
+        remove "$units/$1.socket"
+    fi
+}
+
+render_socket_agent() {
+    render_socket ctrl-exec-agent cea "\`port\` and \`bind\` in agent.conf" "$(ask_agent port-of-agent)"
+}
+
+render_socket_api() {
+    render_socket ctrl-exec-api ctrl-exec-api "\`api_port\` and \`api_bind\` in ctrl-exec.conf" \
+        "$(ask_dispatcher port-of-api)"
+}
+
+render_socket() { # NAME COMMAND KEYS LISTEN
+    cat <<END
+# The port of $prefix/bin/$2; $mark, which replaces it.
+# After a change to $3: run install.sh again, then \`systemctl restart $1.socket\`.
+[Unit]
+Description=The port of $1
+
+[Socket]
+# systemd holds the port, so that no other user can take it while the service stops and starts; who connects
+# meanwhile waits.
+$4
+BindIPv6Only=ipv6-only
+# An address may come up later than this.
+FreeBind=yes
+Backlog=1024
+Accept=no
+FileDescriptorName=$1
+
+[Install]
+WantedBy=sockets.target
+END
+}
+
+# What both services have in common. Wants=, not Requires=: where the port cannot be had, the service says so
+# and tries again, which systemd does not do for a socket. PartOf=: what stops the port stops the service.
+render_socket_use() { # NAME
+    cat <<END
+Wants=network-online.target $1.socket
+After=network-online.target $1.socket
+PartOf=$1.socket
+# systemd never gives up.
+StartLimitIntervalSec=0
+END
+}
+
+# No RestartSteps= to make the pause grow: systemd counts what has happened since the last manual start, and
+# after a few mishaps in a year each further one would cost a minute.
+render_restarts() { # NAME PREFIX-OF-COMMAND
+    cat <<END
+Restart=always
+RestartSec=2
+# 78: a person must mend something first, and starting again would not change that. The port is closed with the
+# service then; or the next to connect would start it again, and so on for as long as somebody waits.
+RestartPreventExitStatus=78
+ExecStopPost=-$2/bin/sh -c '[ "\$\$EXIT_STATUS" != 78 ] || exec systemctl --no-block --job-mode=ignore-dependencies stop $1.socket'
+END
+}
+
 render_unit_agent() {
     cat <<END
 # The ctrl-exec agent; $mark, which replaces it: for changes, \`systemctl edit ctrl-exec-agent\`.
 [Unit]
 Description=ctrl-exec agent
-Wants=network-online.target
-After=network-online.target
+$(render_socket_use ctrl-exec-agent)
 
 [Service]
 Type=notify
 NotifyAccess=main
 ExecStart=$prefix/bin/cea serve
-ExecReload=/bin/kill -HUP \$MAINPID
+# Waits for the outcome: \`systemctl reload\` fails when a file is wrong, and the agent goes on as before.
+ExecReload=$prefix/bin/cea reload
 # A restart ends the agent and not the scripts it runs: they finish, and their results are kept.
 KillMode=process
 # One script that eats all memory must not take the agent and the other scripts with it.
 OOMPolicy=continue
-Restart=on-failure
-RestartSec=2
-# 78: the configuration is wrong or the host is not paired. Starting again would not change that.
-RestartPreventExitStatus=78
+$(render_restarts ctrl-exec-agent '')
 # No sandbox (ProtectSystem=, PrivateTmp=, NoNewPrivileges=, ...) on purpose: all of it would hold for the
 # scripts too, and they are here to change the system. The agent confines itself: what faces the network
 # runs as the user ctrl-exec-agent, and scripts run as what their profile in agent.conf says.
 
 [Install]
 WantedBy=multi-user.target
+Also=ctrl-exec-agent.socket
 END
 }
 
 render_unit_api() {
+    rights=$(ask_dispatcher rights-of-api)
     cat <<END
 # The ctrl-exec HTTP API; $mark, which replaces it: for changes, \`systemctl edit ctrl-exec-api\`.
 [Unit]
 Description=ctrl-exec HTTP API
-Wants=network-online.target
-After=network-online.target
+$(render_socket_use ctrl-exec-api)
 
 [Service]
 Type=notify
 NotifyAccess=main
 ExecStart=$prefix/bin/ctrl-exec-api
-ExecReload=/bin/kill -HUP \$MAINPID
+# Waits for the outcome: \`systemctl reload\` fails when a file is wrong, and the API goes on as before.
+ExecReload=$prefix/bin/ctrl-exec-api reload
 User=ctrl-exec
 Group=ctrl-exec
-Restart=on-failure
-RestartSec=2
-# 78: the configuration is wrong, or a file cannot be read. Starting again would not change that.
-RestartPreventExitStatus=78
+$(render_restarts ctrl-exec-api +)
 # It finishes what it is answering: connect_timeout and read_timeout together, and some air.
 TimeoutStopSec=90
 # An auth hook runs in here, too: what it needs beyond this, \`systemctl edit\` can give.
 ProtectSystem=strict
-ReadWritePaths=/var/lib/ctrl-exec/locks /var/lib/ctrl-exec/runs
-InaccessiblePaths=-/etc/ctrl-exec/ca.key -/etc/ctrl-exec/ca.next.key -/var/lib/ctrl-exec/pairing-tokens
+$rights
 ProtectHome=yes
 PrivateTmp=yes
 PrivateDevices=yes
@@ -658,34 +903,93 @@ SystemCallArchitectures=native
 
 [Install]
 WantedBy=multi-user.target
+Also=ctrl-exec-api.socket
 END
 }
 
-render_init_agent() { render_init agent "$prefix/bin/cea" serve TERM/30/KILL/5; }
-render_init_api() { render_init "HTTP API" "$prefix/bin/ctrl-exec-api" serve TERM/90/KILL/5; }
+render_init_agent() { render_init agent cea 30 "cea self-check"; }
+render_init_api() { render_init "HTTP API" ctrl-exec-api 90 "ctrl-exec-api check"; }
 
-render_init() { # WHAT COMMAND ARGUMENTS RETRY
+# What is called start-stop-daemon may be OpenRC's, dpkg's or busybox's. They agree on how a script is started,
+# and not on how its process is found again, which is the interpreter's: this does that by itself.
+render_init() { # WHAT COMMAND SECONDS-TO-STOP CHECK
     cat <<END
 #!/sbin/openrc-run
 # The ctrl-exec $1; $mark, which replaces it.
 
 description="ctrl-exec $1"
-command="$2"
-command_args="$3"
+description_reload="Reads the configuration again; when a file is wrong, this fails and nothing changes"
+command="$prefix/bin/$2"
+command_args="serve"
 command_background=true
 pidfile="/run/\$RC_SVCNAME.pid"
-retry="$4"
 extra_started_commands="reload"
+seconds_to_stop=$3
+# For \`supervisor=supervise-daemon\` in /etc/conf.d/\$RC_SVCNAME, which starts it again whenever it ends.
+retry="TERM/$3/KILL/5"
+respawn_delay=2
+respawn_max=0
 
 depend() {
     use net logger dns
     after firewall
 }
 
+# Sets \`pid\`, whose process may be another one by now: the program's name must be among its words.
+is_running() {
+    pid=\$(cat "\$pidfile") && [ -n "\$pid" ] || return 1
+    tr '\\0' '\\n' <"/proc/\$pid/cmdline" | grep -q "/\${command##*/}\\\$"
+} 2>/dev/null
+
+wait_for_end() { # SECONDS
+    turns=\$((\$1 * 5))
+    while is_running && [ "\$turns" -gt 0 ]; do
+        turns=\$((turns - 1))
+        sleep 0.2 2>/dev/null || sleep 1
+    done
+    ! is_running
+}
+
+start() {
+    if [ -z "\$supervisor" ] && is_running; then # after a \`zap\`
+        ewarn "\$RC_SVCNAME runs already, as process \$pid"
+        return 0
+    fi
+    rm -f "\$pidfile"
+    default_start || return 1
+    [ -z "\$supervisor" ] || return 0
+    sleep 1 # by now it would have ended if a person must mend something first
+    if ! is_running; then
+        eerror "\$RC_SVCNAME ended at once; this says why: $prefix/bin/$4"
+        return 1
+    fi
+}
+
+stop() {
+    if [ -n "\$supervisor" ]; then
+        default_stop
+        return
+    fi
+    ebegin "Stopping \$RC_SVCNAME"
+    if is_running; then
+        kill -s TERM "\$pid"
+        wait_for_end "\$seconds_to_stop" || { kill -s KILL "\$pid" && wait_for_end 5; }
+    fi
+    eend \$? "Failed to stop \$RC_SVCNAME" && rm -f "\$pidfile"
+}
+
+status() {
+    if [ -z "\$supervisor" ] && service_started && ! is_running; then
+        eerror "status: crashed"
+        return 32
+    fi
+    default_status
+}
+
 reload() {
     ebegin "Reloading \$RC_SVCNAME"
-    start-stop-daemon --signal HUP --pidfile "\$pidfile"
-    eend \$?
+    "\$command" reload
+    eend \$? "\$RC_SVCNAME goes on with the configuration from before"
 }
 END
 }
@@ -727,16 +1031,14 @@ say_next_steps() {
         else
             say "  have your service manager run this as root: $prefix/bin/cea serve"
         fi
-        if runs_systemd && systemctl is-active --quiet ctrl-exec-agent; then
-            say "The agent that is running is the one from before: systemctl restart ctrl-exec-agent"
-        fi
+        say_restart ctrl-exec-agent agent
     fi
     [ -z "$api" ] || say_next_steps_of_api
 }
 
 say_next_steps_of_api() {
     say "Next, for the HTTP API:"
-    if [ ! -f "$stage/etc/ctrl-exec/dispatcher.key" ]; then
+    if [ ! -f "$stage$(ask_dispatcher key)" ]; then
         say "  once \`ced setup-ctrl-exec\` has made the key: run this again, so that the API can read it"
     fi
     say "  write /etc/ctrl-exec/auth-hook: without one, every request is denied"
@@ -747,11 +1049,28 @@ say_next_steps_of_api() {
     else
         say "  have your service manager run this: $prefix/bin/ctrl-exec-api"
     fi
-    if runs_systemd && systemctl is-active --quiet ctrl-exec-api; then
-        say "The API that is running is the one from before: systemctl restart ctrl-exec-api"
+    say_restart ctrl-exec-api API
+}
+
+say_restart() { # NAME WHAT
+    runs_systemd || return 0
+    case $changed_sockets in
+    *" $1 "*)
+        if systemctl is-active --quiet "$1.socket"; then
+            say "The port that systemd holds for the $2 is the one from before: systemctl restart $1.socket"
+            return
+        fi
+        ;;
+    esac
+    if systemctl is-active --quiet "$1.service"; then
+        say "The $2 that is running is the one from before: systemctl restart $1"
     fi
 }
 
+for path in $in_the_way; do
+    mv "$stage$path" "$stage$path.before-ctrl-exec"
+    say "moved: $path to $path.before-ctrl-exec"
+done
 install_program
 if [ "$kind" != program ]; then
     [ -z "$dispatcher" ] || install_dispatcher

@@ -1,5 +1,6 @@
 """install.sh: what it puts where, what it leaves alone, and that what it installs works."""
 
+import ast
 import configparser
 import contextlib
 import hashlib
@@ -8,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import stat
 import subprocess
@@ -31,6 +33,7 @@ BIN = "usr/local/bin"
 LINK = "../lib/ctrl-exec/launch"
 UNIT = "etc/systemd/system/ctrl-exec-agent.service"
 API_UNIT = "etc/systemd/system/ctrl-exec-api.service"
+SOCKET, API_SOCKET = (path.replace(".service", ".socket") for path in (UNIT, API_UNIT))
 TIMER = "etc/systemd/system/ctrl-exec-maintain.timer"
 TIMER_FILES = {TIMER: 0o644, "etc/systemd/system/ctrl-exec-maintain.service": 0o644}
 PROGRAM_FILES = {
@@ -152,7 +155,7 @@ def test_staging_makes_this_tree_with_these_modes_whatever_the_umask(tmp_path, s
         env={"PATH": fake_path(tmp_path / "fake", openrc_run="exit 1")},
     )
     expected = {**PROGRAM_FILES, **DISPATCHER_LINKS, **AGENT_LINKS, **CONFIGURATION}
-    expected.update({UNIT: 0o644, "etc/init.d/ctrl-exec-agent": 0o755, **TIMER_FILES})
+    expected.update({UNIT: 0o644, SOCKET: 0o644, "etc/init.d/ctrl-exec-agent": 0o755, **TIMER_FILES})
     assert files_of(stage) == expected
     found = tree(stage)
     assert {path: found[path] for path in DIRECTORIES} == {
@@ -173,7 +176,7 @@ def test_the_agent_role_brings_nothing_of_the_dispatcher(tmp_path):
     found = files_of(tmp_path)
     found.pop("etc/init.d/ctrl-exec-agent", None)  # where OpenRC is
     agent = {path: mode for path, mode in CONFIGURATION.items() if "agent" in path}
-    assert found == {**PROGRAM_FILES, **AGENT_LINKS, **agent, UNIT: 0o644}
+    assert found == {**PROGRAM_FILES, **AGENT_LINKS, **agent, UNIT: 0o644, SOCKET: 0o644}
     assert "request-pairing" in done.stdout and "setup-ca" not in done.stdout
 
 
@@ -181,8 +184,8 @@ def test_the_api_role_brings_what_it_shares_with_the_dispatcher_and_a_service(tm
     done = succeed(tmp_path, "--api")
     found = files_of(tmp_path)
     found.pop("etc/init.d/ctrl-exec-api", None)  # where OpenRC is
-    expected = {**PROGRAM_FILES, **API_LINKS, "etc/ctrl-exec/ctrl-exec.conf": 0o640, API_UNIT: 0o644}
-    assert found == expected
+    units = {API_UNIT: 0o644, API_SOCKET: 0o644}
+    assert found == {**PROGRAM_FILES, **API_LINKS, "etc/ctrl-exec/ctrl-exec.conf": 0o640, **units}
     assert "auth-hook" in done.stdout and "setup-ca" not in done.stdout
     assert run_launcher(tmp_path, "ctrl-exec-api", "--help").stdout.startswith("usage: ctrl-exec-api ")
     succeed(tmp_path, "--uninstall", "--api")
@@ -303,7 +306,7 @@ def test_uninstalling_one_role_leaves_the_other_working(tmp_path):
     succeed(tmp_path, "--uninstall", "--agent")
     found = files_of(tmp_path)
     assert set(DISPATCHER_LINKS) | set(PROGRAM_FILES) <= set(found)
-    assert not set(AGENT_LINKS) & set(found) and UNIT not in found
+    assert not {*AGENT_LINKS, UNIT, SOCKET} & set(found)
     assert run_launcher(tmp_path, "ced", "--version").returncode == 0
 
 
@@ -324,6 +327,7 @@ def test_uninstalling_one_prefix_keeps_the_service_of_another(tmp_path):
     succeed(tmp_path, "--agent")
     succeed(tmp_path, "--uninstall", "--agent", "--prefix", "/opt/other")
     assert "ExecStart=/usr/local/bin/cea serve\n" in read(tmp_path, UNIT)
+    assert os.path.exists(str(tmp_path / SOCKET))
 
 
 # --- refusals: one sentence, and nothing is changed -------------------------------------------------------
@@ -349,6 +353,8 @@ def refused(done, status, stage, *, left=()):
         (("--agent", "--prefix", "/with space"), "letters, digits"),
         (("--agent", "--prefix", "/a\nExecStart=/bin/x"), None),
         (("--agent", "--run-tests"), "no other option"),
+        (("--move-aside", "--run-tests"), "no other option"),
+        (("--uninstall", "--move-aside"), "for an installation"),
     ],
 )
 def test_a_wrong_command_line_is_refused_before_anything_is_changed(tmp_path, options, word):
@@ -361,7 +367,7 @@ def test_a_wrong_command_line_is_refused_before_anything_is_changed(tmp_path, op
 
 def test_help_names_every_option(tmp_path):
     done = succeed(tmp_path / "stage", "--help")
-    for option in (*BOTH, "--api", "--uninstall", "--run-tests", "--prefix", "--help", "DESTDIR", "PYTHON"):
+    for option in (*BOTH, "--api", "--move-aside", "--uninstall", "--run-tests", "--prefix", "--help", "DESTDIR", "PYTHON"):
         assert option in done.stdout
     assert not os.path.exists(str(tmp_path / "stage"))
 
@@ -374,26 +380,168 @@ def test_a_python_that_is_too_old_is_refused(tmp_path):
     assert "Python 3.9" in refused(done, 1, tmp_path / "stage")
 
 
-def test_a_machine_without_openssl_is_refused(tmp_path):
-    tools = "sh dirname cat cut cmp cp chmod mv mkdir mktemp rm rmdir ln readlink grep id sed env"
+def _imports():
+    """Every module that the program imports anywhere, also those that one function imports when it is called."""
+    nodes = list(ast.walk(ast.parse(read(REPOSITORY, "ctrl_exec.py"))))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return names | {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+
+
+def test_an_interpreter_is_asked_for_each_module_that_the_program_imports(tmp_path):
+    block = """
+import builtins, os, re, sys
+sys.argv = sys.argv[2:]
+there = builtins.__import__
+def no_more(name, scope=None, *rest, **more):
+    if scope is not None and scope.get("__name__") != "__main__" or name in ("os", "re", "sys"):
+        return there(name, scope, *rest, **more)
+    raise ImportError(name)
+builtins.__import__ = no_more
+exec(sys.stdin.read())
+"""
+    put(tmp_path / "block.py", block, 0o644)
+    bare = "#!/bin/sh\nexec '%s' -I '%s' \"$@\"\n" % (sys.executable, tmp_path / "block.py")
+    put(tmp_path / "python3", bare)
+    done = install(tmp_path / "stage", *BOTH, env={"PYTHON": str(tmp_path / "python3")})
+    said = refused(done, 1, tmp_path / "stage")
+    asked = set(re.search(r" cannot import ([\w, .]+):", said)[1].split(", "))
+    assert asked == _imports() - {"os", "re", "sys"}
+    assert asked <= set(getattr(sys, "stdlib_module_names", asked))
+
+
+def test_no_module_of_the_program_is_optional():
+    """install.sh refuses an interpreter without it: an import that may fail would need an exception there."""
+    program = ast.parse(read(REPOSITORY, "ctrl_exec.py"))
+    attempts = [node for node in ast.walk(program) if isinstance(node, ast.Try)]
+    caught = {
+        name.id
+        for attempt in attempts
+        if any(isinstance(node, (ast.Import, ast.ImportFrom)) for part in attempt.body for node in ast.walk(part))
+        for handler in attempt.handlers
+        for name in ast.walk(handler.type or ast.Name("BaseException"))
+        if isinstance(name, ast.Name)
+    }
+    assert not caught & {"ImportError", "ModuleNotFoundError"}
+
+
+def _python_without(top, *missing):
+    """An interpreter whose standard library is this one's without some modules, as python3-minimal is."""
+    version = "python%d.%d" % sys.version_info[:2]
+    library, extensions = os.path.dirname(os.__file__), os.path.dirname(importlib.util.find_spec("_json").origin)
+    gone = re.compile(r"(_?(%s))(\..*)?" % "|".join(missing))
+    kept = top / "lib" / version
+    for source, target in ((library, kept), (extensions, kept / "lib-dynload")):
+        target.mkdir(parents=True, exist_ok=True)
+        for name in os.listdir(source):
+            if not gone.fullmatch(name) and name not in ("lib-dynload", "__pycache__", "site-packages"):
+                os.symlink(os.path.join(source, name), str(target / name))
+    (top / "bin").mkdir()
+    shutil.copy(os.path.realpath(sys.executable), str(top / "bin/python3"))  # which looks for lib beside bin
+    return str(top / "bin/python3")
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        ("ctypes", "difflib", "hmac", "json", "queue", "resource", "shlex", "shutil"),  # Debian 11
+        ("ssl",),
+    ],
+    ids=len,
+)
+def test_a_python_with_a_part_of_the_standard_library_is_refused_and_told_what_is_missing(tmp_path, missing):
+    python = _python_without(tmp_path / "python", *missing)
+    done = install(tmp_path / "stage", *BOTH, env={"PYTHON": python})
+    said = refused(done, 1, tmp_path / "stage")
+    named = re.fullmatch(r"install\.sh: (\S+) cannot import ([\w, ]+): install the rest .* python3\)\n", said)
+    assert named and named[1] == python
+    assert set(missing) <= set(named[2].split(", ")) <= {*missing, "tempfile"}  # which needs shutil
+
+
+def test_another_python_is_taken_when_the_first_has_a_part_of_the_standard_library(tmp_path):
+    bare = _python_without(tmp_path / "python", "queue")
+    whole = "exec '%s' \"$@\"" % sys.executable
+    path = fake_path(tmp_path / "fake", **{"python3.9": whole})
+    script = tmp_path / "checkout/install.sh"
+    put(script, read(SCRIPT).replace("/usr/bin/python3 /usr/local/bin/python3 python3 ", bare + " "))
+    shutil.copy(os.path.join(REPOSITORY, "ctrl_exec.py"), str(tmp_path / "checkout"))
+    env = {"PYTHON": None, "PATH": path}
+    succeed(tmp_path / "stage", "--agent", script=script, env=env)
+    assert bare not in read(tmp_path, "stage", LIB, "launch")
+    assert run_program([str(tmp_path / "stage" / BIN / "cea"), "--version"]).returncode == 0
+
+
+@pytest.mark.parametrize("missing, package", [("openssl", "openssl"), ("cmp", "diffutils")])
+def test_a_machine_without_a_program_that_is_needed_is_refused(tmp_path, missing, package):
+    tools = "sh dirname cat cut cmp cp chmod mv mkdir mktemp rm rmdir ln readlink grep id sed env openssl"
     (tmp_path / "bin").mkdir()
-    for name in tools.split():
+    for name in set(tools.split()) - {missing}:
         os.symlink(shutil.which(name), str(tmp_path / "bin" / name))
     done = install(tmp_path / "stage", *BOTH, env={"PATH": str(tmp_path / "bin")})
-    assert "openssl" in refused(done, 1, tmp_path / "stage")
+    said = refused(done, 1, tmp_path / "stage")
+    assert "the %s program is missing: install the package %s first" % (missing, package) in said
 
 
-def test_a_program_of_another_origin_is_not_overwritten(tmp_path):
-    put(tmp_path / BIN / "ctrl-exec-dispatcher", "an older program")
-    said = refused(install(tmp_path, *BOTH), 1, tmp_path, left=[BIN + "/ctrl-exec-dispatcher"])
-    assert "/usr/local/bin/ctrl-exec-dispatcher is there already" in said
-    assert read(tmp_path, BIN, "ctrl-exec-dispatcher") == "an older program"
+OLDER = (
+    BIN + "/ctrl-exec-dispatcher", BIN + "/cea", UNIT, API_UNIT, API_SOCKET, "etc/init.d/ctrl-exec-agent",
+)  # fmt: skip
 
 
-def test_a_service_of_another_origin_is_not_overwritten(tmp_path):
-    os.makedirs(os.path.dirname(str(tmp_path / UNIT)))
+@pytest.fixture
+def taken(tmp_path):
+    """A tree with programs and services of another origin."""
+    for path in OLDER:
+        put(tmp_path / path, "of another origin: %s\n" % path)
+    os.unlink(str(tmp_path / UNIT))
     os.symlink("/dev/null", str(tmp_path / UNIT))  # masked by the administrator
-    assert "is there already" in refused(install(tmp_path, "--agent"), 1, tmp_path, left=[UNIT])
+    put(tmp_path / "var/lib/ctrl-exec", "no directory\n", 0o644)
+    return tmp_path
+
+
+ALL = (*BOTH, "--api")
+
+
+def test_all_that_is_in_the_way_is_named_at_once_and_not_overwritten(taken):
+    before = snapshot(taken)
+    said = refused(install(taken, *ALL), 1, taken, left=before)
+    named = re.search(r"not made by this script: (.*); move them away first, or add --move-aside", said)[1]
+    assert sorted(named.split()) == sorted("/" + path for path in (*OLDER, "var/lib/ctrl-exec"))
+    assert snapshot(taken) == before
+
+
+def test_only_what_the_role_needs_is_in_the_way(taken):
+    os.unlink(str(taken / "var/lib/ctrl-exec"))
+    os.unlink(str(taken / BIN / "ctrl-exec-dispatcher"))
+    succeed(taken, "--dispatcher")
+
+
+def test_move_aside_renames_what_is_in_the_way_and_says_so(taken):
+    before = {path: tree(taken)[path] for path in (*OLDER, "var/lib/ctrl-exec")}
+    done = succeed(taken, *ALL, "--move-aside")
+    after = tree(taken)
+    assert {path: after[path + ".before-ctrl-exec"] for path in before} == before
+    assert read(taken, OLDER[0] + ".before-ctrl-exec") == "of another origin: %s\n" % OLDER[0]
+    moved = set(re.findall(r"(?m)^moved: /(\S+) to /(\S+)$", done.stdout))
+    assert moved == {(path, path + ".before-ctrl-exec") for path in before}
+    assert run_launcher(taken, "cea", "--version").returncode == 0
+    before = snapshot(taken)
+    succeed(taken, *ALL, "--move-aside")  # now there is nothing in the way
+    assert snapshot(taken) == before
+
+
+def test_move_aside_overwrites_nothing(taken):
+    for path in (OLDER[0], OLDER[2]):
+        put(taken / (path + ".before-ctrl-exec"), "from an earlier time\n")
+    before = snapshot(taken)
+    said = refused(install(taken, *ALL, "--move-aside"), 1, taken, left=before)
+    assert all("/%s.before-ctrl-exec" % path in said for path in (OLDER[0], OLDER[2]))
+    assert snapshot(taken) == before
+
+
+def test_all_places_that_cannot_be_written_are_named_at_once(tmp_path):
+    for path in ("etc", "var/lib"):
+        put(tmp_path / path, "no directory\n", 0o644)
+    said = refused(install(tmp_path, *BOTH), 1, tmp_path, left=["etc", "var/lib"])
+    assert all(str(tmp_path / path) in said for path in ("etc", "var/lib"))
 
 
 # --- as an ordinary user ----------------------------------------------------------------------------------
@@ -509,33 +657,105 @@ def test_the_launcher_takes_no_module_from_the_working_directory_or_the_environm
 # --- services -------------------------------------------------------------------------------------------
 
 
-def test_the_unit_lets_scripts_outlive_a_restart_and_does_not_confine_them(staged):
+def parse_unit(*parts):
     unit = configparser.ConfigParser(interpolation=None)
     unit.optionxform = str
-    unit.read_string(read(staged, UNIT))
+    unit.read_string(read(*parts))
+    return unit
+
+
+STOP_POST = (
+    "-%s/bin/sh -c '[ \"$$EXIT_STATUS\" != 78 ]"
+    " || exec systemctl --no-block --job-mode=ignore-dependencies stop %s.socket'"
+)
+
+
+def test_the_unit_lets_scripts_outlive_a_restart_and_does_not_confine_them(staged):
+    unit = parse_unit(staged, UNIT)
     service = dict(unit["Service"])
     assert service == {
         "Type": "notify",
         "NotifyAccess": "main",
         "ExecStart": "/usr/local/bin/cea serve",
-        "ExecReload": "/bin/kill -HUP $MAINPID",
+        "ExecReload": "/usr/local/bin/cea reload",
         "KillMode": "process",
         "OOMPolicy": "continue",
-        "Restart": "on-failure",
+        "Restart": "always",
         "RestartSec": "2",
         "RestartPreventExitStatus": str(ctrl_exec.EXIT_CONFIG),
+        "ExecStopPost": STOP_POST % ("", "ctrl-exec-agent"),
     }
     assert unit["Install"]["WantedBy"] == "multi-user.target"
     assert os.path.lexists(str(staged / service["ExecStart"].split()[0].lstrip("/")))
 
 
+@pytest.mark.parametrize(
+    "role, path, port",
+    [("--agent", UNIT, ["0.0.0.0:7443", "[::]:7443"]), ("--api", API_UNIT, ["127.0.0.1:7445"])],
+)
+def test_a_service_always_comes_back_and_its_port_is_never_free_meanwhile(tmp_path, role, path, port):
+    succeed(tmp_path, role)
+    name = os.path.basename(path)[: -len(".service")]
+    unit = parse_unit(tmp_path, path)
+    assert (unit["Service"]["Restart"], unit["Unit"]["StartLimitIntervalSec"]) == ("always", "0")
+    # Wanted, so that it comes along with a service that was enabled without it, and does not keep it away.
+    assert unit["Unit"]["Wants"].split() == unit["Unit"]["After"].split()
+    assert name + ".socket" in unit["Unit"]["Wants"].split() and "Requires" not in unit["Unit"]
+    assert unit["Unit"]["PartOf"] == unit["Install"]["Also"] == name + ".socket"
+    assert unit["Service"]["ExecReload"] == unit["Service"]["ExecStart"].split()[0] + " reload"
+    text = read(tmp_path, path.replace(".service", ".socket"))
+    assert re.findall(r"(?m)^ListenStream=(.*)$", text) == port
+    for line in ("BindIPv6Only=ipv6-only", "FreeBind=yes", "Accept=no", "FileDescriptorName=" + name):
+        assert "\n%s\n" % line in text
+    assert int(re.search(r"(?m)^Backlog=(\d+)$", text)[1]) >= 128
+    assert "\n[Install]\nWantedBy=sockets.target\n" in text
+
+
+@pytest.mark.parametrize("role, path", [("--agent", UNIT), ("--api", API_UNIT)])
+@pytest.mark.parametrize("status", ["78", "1", "KILL"])
+def test_the_port_is_closed_with_a_service_that_a_person_must_mend(tmp_path, role, path, status):
+    """Else the next to connect would start it again, and so on."""
+    succeed(tmp_path / "stage", role)
+    command = parse_unit(tmp_path / "stage", path)["Service"]["ExecStopPost"]
+    shell, text = re.fullmatch(r"-\+?(/bin/sh -c) '(.*)'", command).groups()
+    env = {"PATH": fake_path(tmp_path / "fake", systemctl='echo "$*"'), "EXIT_STATUS": status}
+    done = run_program([*shell.split(), text.replace("$$", "$")], env=env)
+    name = os.path.basename(path).replace(".service", ".socket")
+    stopped = "--no-block --job-mode=ignore-dependencies stop %s\n" % name
+    assert (done.returncode, done.stdout) == (0, stopped if status == "78" else "")
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ("port = 9000", ["0.0.0.0:9000", "[::]:9000"]),
+        ("bind = 10.0.0.1, ::1", ["10.0.0.1:7443", "[::1]:7443"]),
+        ("port = 7\nbind = fe80::1%eth0", ["[fe80::1]:7%%eth0"]),
+        ("port = 0", []),  # another one at each start
+    ],
+)
+def test_the_socket_follows_the_configuration_when_this_is_run_again(tmp_path, settings, expected):
+    succeed(tmp_path, "--agent")
+    put(tmp_path / "etc/ctrl-exec-agent/agent.conf", settings + "\n", 0o640)
+    succeed(tmp_path, "--agent")
+    text = read(tmp_path, SOCKET) if os.path.exists(str(tmp_path / SOCKET)) else ""
+    assert re.findall(r"(?m)^ListenStream=(.*)$", text) == expected
+    assert bool(text) == bool(expected)
+
+
+def test_the_socket_of_the_api_follows_its_own_settings(tmp_path):
+    settings = "port = 1\napi_port = 9001\napi_bind = ::1\n"
+    put(tmp_path / "etc/ctrl-exec/ctrl-exec.conf", settings, 0o640)
+    succeed(tmp_path, "--api")
+    assert re.findall(r"(?m)^ListenStream=(.*)$", read(tmp_path, API_SOCKET)) == ["[::1]:9001"]
+
+
 def test_the_timer_has_certificates_looked_after_when_that_is_due(tmp_path):
     succeed(tmp_path, "--dispatcher")
-    timer, service = configparser.ConfigParser(interpolation=None), configparser.ConfigParser(interpolation=None)
-    timer.read_string(read(tmp_path, TIMER))
-    service.read_string(read(tmp_path, TIMER.replace(".timer", ".service")))
+    timer, service = parse_unit(tmp_path, TIMER), parse_unit(tmp_path, TIMER.replace(".timer", ".service"))
     assert service["Service"]["ExecStart"] == "/usr/local/bin/ced maintain --if-due"
     assert service["Service"]["Type"] == "oneshot"
+    assert service["Service"]["TimeoutStartSec"] == "4h"  # a turn that hangs would be the last one
     assert (timer["Timer"]["OnCalendar"], timer["Install"]["WantedBy"]) == ("hourly", "timers.target")
     gone = succeed(tmp_path, "--uninstall", "--dispatcher")
     assert TIMER in gone.stdout and not [path for path in files_of(tmp_path) if "systemd" in path]
@@ -543,15 +763,36 @@ def test_the_timer_has_certificates_looked_after_when_that_is_due(tmp_path):
 
 def test_the_unit_of_the_api_runs_it_as_its_user_and_confines_it(tmp_path):
     succeed(tmp_path, "--api")
-    unit = configparser.ConfigParser(interpolation=None)
-    unit.optionxform = str
-    unit.read_string(read(tmp_path, API_UNIT))
-    service = dict(unit["Service"])
+    service = dict(parse_unit(tmp_path, API_UNIT)["Service"])
     assert service["ExecStart"] == "/usr/local/bin/ctrl-exec-api" and service["User"] == "ctrl-exec"
     assert service["RestartPreventExitStatus"] == str(ctrl_exec.EXIT_CONFIG)
+    assert service["ExecStopPost"] == STOP_POST % ("+", "ctrl-exec-api")  # +: its user may stop nothing
     assert service["ProtectSystem"] == "strict" and service["NoNewPrivileges"] == "yes"
-    assert service["ReadWritePaths"].split() == ["/var/lib/ctrl-exec/locks", "/var/lib/ctrl-exec/runs"]
-    assert "-/etc/ctrl-exec/ca.key" in service["InaccessiblePaths"]
+    assert service["ReadWritePaths"].split() == ["-/var/lib/ctrl-exec/locks", "-/var/lib/ctrl-exec/runs"]
+    hidden = ["-/etc/ctrl-exec/ca.key", "-/etc/ctrl-exec/ca.next.key", "-/var/lib/ctrl-exec/pairing-tokens"]
+    assert service["InaccessiblePaths"].split() == hidden
+
+
+def test_the_unit_of_the_api_follows_what_the_configuration_keeps_elsewhere(tmp_path):
+    conf = "lock_dir = /srv/my locks\nruns_dir = /srv/100%\nca = /srv/pki/our.crt\n"
+    put(tmp_path / "etc/ctrl-exec/ctrl-exec.conf", conf, 0o640)
+    os.makedirs(str(tmp_path / "srv/100%"), mode=0o700)
+    succeed(tmp_path, "--api")
+    unit = parse_unit(tmp_path, API_UNIT)
+    assert unit["Service"]["ReadWritePaths"] == '"-/srv/my locks" -/srv/100%%'
+    assert unit["Service"]["InaccessiblePaths"].startswith("-/srv/pki/our.key -/srv/pki/our.next.key ")
+    found = tree(tmp_path)
+    assert found["srv/my locks"] == 0o2770  # made as the default would be
+    assert found["srv/100%"] == 0o700  # somebody's own, left alone
+
+
+@pytest.mark.parametrize(
+    "role, path", [("--agent", "etc/ctrl-exec-agent/agent.conf"), ("--api", "etc/ctrl-exec/ctrl-exec.conf")]
+)
+def test_a_configuration_that_the_program_refuses_is_named_before_anything_is_changed(tmp_path, role, path):
+    put(tmp_path / path, "\n\nport = many\n", 0o640)
+    said = refused(install(tmp_path, role), 1, tmp_path, left=[path])
+    assert "%s:3: `port` expects" % (tmp_path / path) in said
 
 
 def test_the_openrc_script_is_sound_and_starts_the_same(tmp_path):
@@ -561,6 +802,151 @@ def test_the_openrc_script_is_sound_and_starts_the_same(tmp_path):
     show = 'RC_SVCNAME=x; . "$0"; echo "$command|$command_args|$command_background|$pidfile"; type reload >&2'
     done = subprocess.run(["sh", "-euc", show, path], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "/usr/local/bin/cea|serve|true|/run/x.pid\n")
+
+
+# What OpenRC 0.45 does around such a script, with whatever is called start-stop-daemon.
+OPENRC = """
+RC_SVCNAME=ctrl-exec-agent
+ebegin() { :; }
+eend() { status=$1; shift; [ "$status" = 0 ] || echo "$*" >&2; return "$status"; }
+ewarn() { echo "$*" >&2; }
+eerror() { echo "$*" >&2; }
+service_started() { [ -e "$top/started" ]; }
+default_start() {
+    start-stop-daemon --start --exec "$command" --pidfile "$pidfile" --background --make-pidfile \
+        -- $command_args
+}
+default_stop() { start-stop-daemon --stop --retry $retry --exec "$command" --pidfile "$pidfile"; }
+default_status() { echo "as OpenRC says"; }
+start() { default_start; }
+stop() { default_stop; }
+status() { default_status; }
+top=$1 verb=$2
+. "$0"
+command=$top/bin/cea pidfile=$top/pid seconds_to_stop=1
+"$verb"
+"""
+DAEMON = """#!%s -IS
+import os, signal, sys, time
+top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+there = lambda name: os.path.exists(os.path.join(top, name))
+if sys.argv[1] == "reload":
+    sys.exit("cea: what is wrong" if there("wrong") else 0)
+if there("wrong"):
+    sys.exit(78)
+if there("deaf"):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+open(os.path.join(top, "up-%%d" %% os.getpid()), "w").close()
+time.sleep(600)
+"""
+
+
+class OpenRC:
+    """The rendered script with a program in the agent's place, which is a script of Python as well."""
+
+    def __init__(self, top, shell, daemon):
+        env = {"PATH": fake_path(top / "fake", openrc_run="exit 1")}
+        succeed(top / "stage", "--agent", env=env)
+        put(top / "bin/cea", DAEMON % sys.executable)
+        self._argv = [*shell, "-uc", OPENRC, str(top / "stage/etc/init.d/ctrl-exec-agent"), str(top)]
+        self._env = {"PATH": ctrl_exec.SAFE_PATH}
+        if daemon == "busybox":
+            os.symlink(shutil.which("busybox"), str(top / "fake/start-stop-daemon"))
+            self._env["PATH"] = "%s:%s" % (top / "fake", ctrl_exec.SAFE_PATH)
+        self._top = top
+
+    def __call__(self, verb):
+        done = run_program([*self._argv, verb], env={**self._env, "supervisor": ""})
+        return done.returncode, (done.stdout + done.stderr).strip()
+
+    def pid(self):
+        """Of the process that was started, once it is up."""
+        pid = int(read(self._top, "pid"))
+        support.wait_until((self._top / ("up-%d" % pid)).exists, what="the program")
+        return pid
+
+    def mark(self, name, text=""):
+        put(self._top / name, text)
+
+    def unmark(self, name):
+        os.unlink(str(self._top / name))
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            pid = int(read(self._top, "pid"))
+            if str(self._top / "bin/cea") in read("/proc/%d/cmdline" % pid):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _is_alive(pid):
+    with contextlib.suppress(FileNotFoundError):
+        return "\nState:\tZ" not in read("/proc/%d/status" % pid)
+    return False
+
+
+@pytest.fixture(
+    params=[
+        (["sh"], "dpkg"),
+        (["busybox", "sh"], "busybox"),
+    ],
+    ids=lambda param: param[1],
+)
+def openrc(request, tmp_path):
+    shell, daemon = request.param
+    if not shutil.which("start-stop-daemon" if daemon == "dpkg" else "busybox"):
+        pytest.skip("needs %s's start-stop-daemon" % daemon)
+    with contextlib.closing(OpenRC(tmp_path, shell, daemon)) as one:
+        yield one
+
+
+def test_openrc_starts_restarts_and_stops_whatever_start_stop_daemon_is(openrc):
+    assert openrc("start") == (0, "")
+    first = openrc.pid()
+    assert openrc("stop") == (0, "") and not _is_alive(first)
+    assert openrc("stop") == (0, "")
+    assert openrc("start") == (0, "")
+    second = openrc.pid()
+    status, said = openrc("start")  # OpenRC has forgotten that it runs
+    assert (status, openrc.pid()) == (0, second) and "runs already, as process %d" % second in said
+    openrc.mark("started")
+    assert openrc("status") == (0, "as OpenRC says")
+    os.kill(second, signal.SIGKILL)
+    support.wait_until(lambda: not _is_alive(second), what="its end")
+    assert openrc("status") == (32, "status: crashed")
+    assert openrc("stop") == (0, "")
+
+
+def test_openrc_reloads_by_the_program_itself_and_fails_when_that_fails(openrc):
+    assert openrc("start") == (0, "")
+    pid = openrc.pid()
+    assert openrc("reload") == (0, "")
+    openrc.mark("wrong")
+    status, said = openrc("reload")
+    assert status == 1 and "cea: what is wrong" in said and "goes on with the configuration from before" in said
+    assert _is_alive(pid)
+
+
+def test_openrc_says_so_when_the_program_ends_at_once(openrc):
+    openrc.mark("wrong")
+    status, said = openrc("start")
+    assert status == 1 and "ended at once; this says why: /usr/local/bin/cea self-check" in said
+    openrc.unmark("wrong")
+    assert openrc("start") == (0, "")
+
+
+def test_openrc_kills_what_does_not_end_by_itself(openrc):
+    openrc.mark("deaf")
+    assert openrc("start") == (0, "")
+    pid = openrc.pid()
+    assert openrc("stop") == (0, "") and not _is_alive(pid)
+
+
+def test_openrc_does_not_end_a_process_that_has_got_the_number_of_ours(openrc):
+    with subprocess.Popen(["sleep", "60"]) as other:
+        openrc.mark("pid", "%d\n" % other.pid)
+        assert openrc("stop") == (0, "")
+        assert other.poll() is None
+        other.kill()
 
 
 # --- the tests' own start ---------------------------------------------------------------------------------
@@ -704,11 +1090,26 @@ def test_a_real_installation_makes_users_and_gives_each_directory_its_owner(mach
     assert {path: machine.access("/" + path) for path in CONFIGURATION} == {
         path: (mode, "root", path.split("/")[1]) for path, mode in CONFIGURATION.items()
     }
-    for user in ("ctrl-exec", "ctrl-exec-agent"):
+    for user in ("ctrl-exec", "ctrl-exec-agent", "ctrl-exec-script"):
         with open(machine.path("/etc/passwd"), encoding="utf-8") as file:
             (fields,) = [line.strip().split(":") for line in file if line.startswith(user + ":")]
         assert int(fields[3]) == machine.ids("/etc/group")[user]
         assert int(fields[2]) != 0 and os.path.basename(fields[6]) in ("nologin", "false")
+        assert not os.path.exists(machine.path(fields[5]))
+
+
+@needs_mounts
+def test_the_user_of_scripts_is_in_no_group_of_others_and_can_read_nothing_of_the_agents(machine):
+    with open(machine.path("/etc/group"), encoding="utf-8") as file:
+        assert not [line for line in file if "ctrl-exec-script" in line.strip().split(":")[3].split(",")]
+    secret = "/etc/ctrl-exec-agent/agent.key"
+    put(machine.path(secret), "secret", 0o640)
+    os.chown(machine.path(secret), 0, machine.ids("/etc/group")["ctrl-exec-agent"])
+    script = ["setpriv", "--reuid=ctrl-exec-script", "--regid=ctrl-exec-script", "--init-groups"]
+    for path in (secret, "/etc/ctrl-exec-agent", "/var/lib/ctrl-exec-agent/runs", "/var/lib/ctrl-exec"):
+        assert machine.run("test", "-r", path).returncode == 0
+        assert machine.run(*script, "test", "-r", path).returncode == 1
+    assert machine.run(*script, "true").returncode == 0
 
 
 @needs_mounts
@@ -722,7 +1123,9 @@ def test_a_second_real_installation_repairs_owners_and_keeps_users_and_configura
     assert machine.access("/etc/ctrl-exec-agent/agent.conf")[0] == 0o600
     assert (machine.ids("/etc/passwd"), machine.ids("/etc/group")) == (users, groups)
     gone = machine.run("sh", SCRIPT, "--uninstall", "--prefix", machine.prefix)
-    assert gone.returncode == 0 and "the user ctrl-exec-agent" in gone.stdout
+    assert gone.returncode == 0
+    assert "/var/lib/ctrl-exec-agent, the user ctrl-exec-agent, the user ctrl-exec-script\n" in gone.stdout
+    assert "/var/lib/ctrl-exec, the user ctrl-exec\n" in gone.stdout
     assert machine.ids("/etc/passwd") == users
     assert not os.path.lexists(machine.path(machine.prefix + "/bin/cea"))
 
@@ -844,3 +1247,93 @@ def test_the_api_runs_as_its_user_with_the_key_and_without_the_ca(machine):
     with socket.create_connection(("127.0.0.1", port), 30) as sock:
         sock.sendall(b"GET /status/%s HTTP/1.1\r\nHost: x\r\n\r\n" % mine.encode())
         assert support.read_reply(sock)[0] == 200
+
+
+@needs_mounts
+def test_the_api_may_read_the_key_that_the_configuration_names_and_what_is_kept_of_it(machine):
+    conf = "/etc/ctrl-exec/ctrl-exec.conf"
+    settings = "key = /etc/ctrl-exec/ctrl-exec.key\ncert = /etc/ctrl-exec/ctrl-exec.crt\n"
+    settings += "registry_dir = /var/lib/registry\napi_auth_default = allow\n"
+    put(machine.path(conf), settings + read(machine.path(conf)), 0o640)
+    for verb in ("setup-ca", "setup-ctrl-exec"):
+        assert machine.installed("ced", verb).returncode == 0
+    kept = ["ctrl-exec.key", "ctrl-exec.next.key", "ctrl-exec.former-ab12.key"]
+    others = ["ca.key", "ca.next.key", "other.key", "ctrl-exec.old.key"]
+    for name in kept[1:] + others[1:]:
+        put(machine.path("/etc/ctrl-exec/" + name), "secret", 0o600)
+    put(machine.path("/etc/ctrl-exec/ctrl-exec.former-ab12.crt"), "a certificate", 0o644)
+    put(machine.path("/var/lib/registry/web-01.json"), "{}", 0o600)
+    assert "once `ced setup-ctrl-exec`" not in _install_api(machine)
+    for name in kept:
+        assert machine.access("/etc/ctrl-exec/" + name) == (0o640, "root", "ctrl-exec")
+    for name in others:
+        assert machine.access("/etc/ctrl-exec/" + name) == (0o600, "root", "root")
+    assert machine.access("/var/lib/registry/web-01.json") == (0o640, "root", "ctrl-exec")
+    said = machine.installed("ctrl-exec-api", "check").stdout
+    for name in kept:
+        assert "OK    private key /etc/ctrl-exec/%s\n" % name in said, said
+
+
+def _install_api(machine):
+    done = machine.run("sh", SCRIPT, "--api", "--prefix", machine.prefix)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@needs_mounts
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
+def test_systemd_finds_nothing_amiss_in_the_units(machine):
+    _install_api(machine)
+    names = [os.path.basename(path) for path in (UNIT, SOCKET, API_UNIT, API_SOCKET, *TIMER_FILES)]
+    done = machine.run("systemd-analyze", "verify", "--man=no", *names)
+    assert (done.returncode, [line for line in done.stderr.splitlines() if "ctrl-exec" in line]) == (0, [])
+
+
+class Managed:
+    """A machine with a service manager that notes what it is told."""
+
+    def __init__(self, machine):
+        self.machine = machine
+        os.makedirs(machine.path("/run/systemd/system"))
+        self.active = ()
+        put(machine.path("/mnt/fake/systemctl"), "#!/bin/sh\necho \"$*\" >>/mnt/fake/told\n"
+            'case $1 in is-active) grep -qxF "$3" /mnt/fake/active ;; esac\n')  # fmt: skip
+
+    def install(self, *options, active=()):
+        put(self.machine.path("/mnt/fake/active"), "".join(one + "\n" for one in active))
+        put(self.machine.path("/mnt/fake/told"), "")
+        path = "PATH=/mnt/fake:" + ctrl_exec.SAFE_PATH
+        done = self.machine.run("env", path, "sh", SCRIPT, *options, "--prefix", self.machine.prefix)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def told(self):
+        return read(self.machine.path("/mnt/fake/told")).splitlines()
+
+
+@needs_mounts
+def test_after_an_upgrade_or_another_port_this_says_what_must_be_restarted(machine):
+    managed = Managed(machine)
+    service, port = "ctrl-exec-agent.service", "ctrl-exec-agent.socket"
+    os.unlink(machine.path("/" + SOCKET))  # as an installation without sockets has left it
+    said = managed.install("--agent", active=[service])
+    assert said.endswith("is the one from before: systemctl restart ctrl-exec-agent\n")
+    assert "daemon-reload" in managed.told()
+    put(machine.path("/etc/ctrl-exec-agent/agent.conf"), "port = 9000\n", 0o640)
+    said = managed.install("--agent", active=[service, port])
+    assert said.endswith("is the one from before: systemctl restart ctrl-exec-agent.socket\n")
+    said = managed.install("--agent", active=[port])
+    assert "from before" not in said
+
+
+@needs_mounts
+def test_uninstall_ends_the_service_and_gives_its_port_back(machine):
+    managed = Managed(machine)
+    managed.install("--uninstall", "--agent")
+    assert managed.told() == [
+        "disable --now ctrl-exec-agent.socket ctrl-exec-agent.service",
+        "daemon-reload",
+    ]
+    os.unlink(machine.path("/" + TIMER))
+    managed.install("--uninstall", "--dispatcher")
+    assert managed.told() == ["disable --now ctrl-exec-maintain.service", "daemon-reload"]
