@@ -46,19 +46,25 @@ if sys.version_info < (3, 9):
 
 # What every `ced run` imports. Dearer modules (argparse, subprocess, hashlib, ...) are imported by the one
 # function that needs them: a person waits for `ced`, and most of its time is Python starting.
-import errno
-import fcntl
-import json
-import os
-import re
-import select
-import signal
-import socket
-import ssl
-import stat
-import threading
-import time
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, Optional
+INCOMPLETE = (
+    "this Python lacks its module %s: install the whole of Python's standard library (Debian: python3)"
+)
+try:
+    import errno
+    import fcntl
+    import json
+    import os
+    import re
+    import select
+    import signal
+    import socket
+    import ssl
+    import stat
+    import threading
+    import time
+    from typing import Any, Callable, Iterable, Iterator, NamedTuple, Optional
+except ImportError as lacking:  # python3-minimal of Debian, for one
+    sys.exit("ctrl-exec: " + INCOMPLETE % lacking.name)
 
 # Values that pass between sections are NamedTuples and not frozen dataclasses: creating thirty
 # dataclasses costs each start 25 ms and importing their module 8 ms; NamedTuples cost 6 and 2.
@@ -613,14 +619,18 @@ def find_service_owner(user: str) -> Optional[Owner]:
     return find_user(user) if os.geteuid() == 0 else None
 
 
+def import_for_network() -> None:
+    """Import what the network side imports later. Python itself may lie where only root can read, and what is
+    missing should be missed while somebody looks. Raises ImportError."""
+    import base64, fnmatch, hashlib, hmac, ipaddress  # noqa: E401, F401
+    import resource, shlex, subprocess, tempfile, traceback  # noqa: E401, F401
+
+
 def become_user(user: str) -> None:
     """Give up root for `user` for good; where there is no such user, for nobody. Not root: nothing to do."""
     if os.geteuid() != 0:
         return
-    # Python itself may lie where only root can read: what the network side imports later, it imports now.
-    import base64, fnmatch, hashlib, hmac, ipaddress  # noqa: E401, F401
-    import shlex, subprocess, tempfile, traceback  # noqa: E401, F401
-
+    import_for_network()
     owner = find_service_owner(user) or Owner(65534, 65534)
     os.setgroups([])
     os.setresgid(owner.gid, owner.gid, owner.gid)
@@ -630,6 +640,7 @@ def become_user(user: str) -> None:
 def check_user_change(user: str) -> None:
     """Try, in a child, whether root may become `user` here, as what faces the network will: a container may
     have root's number without root's rights (capabilities(7), CAP_SETUID). Raises ConfigError."""
+    import_for_network()
     if os.geteuid() != 0:
         return
     pid = os.fork()
@@ -8966,6 +8977,7 @@ class PairingDesk:
 def open_desk(config: Config, allow_legacy: bool) -> tuple:
     """Start pairing mode: (desk, terms, port). Raises TrustError, ConfigError, StorageError."""
     openssl = OpenSSL()
+    check_user_change(DISPATCHER_USER)
     if not os.path.exists(ca_key_path(config.ca)):
         raise TrustError(
             "%s: no such file" % ca_key_path(config.ca), "ced setup-ca, or pair on the host that has the CA"
@@ -13606,8 +13618,9 @@ class _Demo:
         root = os.path.join(self.top, "hosts", host) if host else os.path.join(self.top, "control")
         return [sys.executable, "-IS", os.path.join(self.top, link), "--root", root]
 
-    def show(self, *words: str, host: str = "", quiet: bool = False) -> str:
-        """Type one command, show what it prints, return it."""
+    def show(self, *words: str, host: str = "", quiet: bool = False, status: int = 0) -> str:
+        """Type one command, show what it prints, return it. Raises Unavailable when it ends with another
+        status than it should: what follows would only fail for that reason."""
         import shlex
 
         link = "cea" if host else "ced"
@@ -13620,6 +13633,9 @@ class _Demo:
         said = text + done.stderr.decode("utf-8", "replace") if not quiet else ""
         for line in said.splitlines():
             say("  " + printable(line))
+        if done.status != status:
+            what = "`%s %s` ended with status %s, and %d was expected" % (link, words[0], done.status, status)
+            raise Unavailable("the demo stops here: " + what, "the lines above say why")
         return text
 
     def start(self, *words: str, host: str = "") -> None:
@@ -13722,8 +13738,8 @@ def _demo_run(demo: _Demo) -> None:
     demo.show("run", "db-01", "echo-args", "--", "two words", "$(id) `id`", "--force", "", "*")
     demo.show("run", "db-01", "context", "--", "one")
     say("\nA failure is told as one, and what the host's own allowlist does not name does not run.")
-    demo.show("run", "--tags", "site=south", "fail")
-    demo.show("run", "web-01", "reboot")
+    demo.show("run", "--tags", "site=south", "fail", status=1)
+    demo.show("run", "web-01", "reboot", status=1)
 
 
 def _say_how_to_go_on(demo: _Demo) -> None:
@@ -13749,11 +13765,38 @@ def _remove_for_good(top: str) -> None:
         time.sleep(0.05)
 
 
-def run_demo(keep: bool) -> int:
-    """Set up, show, clean up: as whoever calls it, on loopback, below one temporary directory."""
+def _can_run_scripts(directory: str) -> bool:
+    """Whether a script that lies there can be executed: many sites mount /tmp with noexec."""
+    path = os.path.join(directory, "try")
+    try:
+        write_atomic(path, b"#!/bin/sh\nexit 0\n", mode=0o755)
+        is_run = run_program([path]).status == 0
+        os.unlink(path)
+        return is_run
+    except (OSError, StorageError):
+        return False
+
+
+def _make_place() -> str:
+    """A new directory in which scripts can run. Raises StorageError."""
     import tempfile
 
-    top = os.path.realpath(tempfile.mkdtemp(prefix="ctrl-exec-demo-"))
+    for base in ("", "/var/tmp", os.path.expanduser("~"), "/run", os.getcwd()):
+        try:
+            top = tempfile.mkdtemp(prefix="ctrl-exec-demo-", dir=base or None)
+        except OSError:  # not there, or not ours to write to
+            continue
+        if _can_run_scripts(top):
+            return top
+        _remove_for_good(top)
+    hint = "set TMPDIR to one on a disk that is not full, read-only or mounted with noexec"
+    raise StorageError("no directory was found in which scripts can run", hint)
+
+
+def run_demo(keep: bool) -> int:
+    """Set up, show, clean up: as whoever calls it, on loopback, below one temporary directory. Raises
+    StorageError, and Unavailable for a step that fails."""
+    top = os.path.realpath(_make_place())
     os.chmod(top, 0o755)
     demo = _Demo(top)
     kept = False
@@ -13818,11 +13861,9 @@ def _run_role(argv: list) -> int:
         role = _ROLES.get(words[0], "")
         if role:
             program, words = "ctrl_exec.py " + words[0], words[1:]
-    if role in (
-        "agent",
-        "api",
-    ):  # one that comes while a service starts is for the service, and must not end it
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
+    # A hang-up that comes while a service starts is for the service, and must not end it.
+    is_service = role in ("agent", "api")
+    signal.pthread_sigmask(signal.SIG_BLOCK if is_service else signal.SIG_UNBLOCK, [signal.SIGHUP])
     if role:
         return run_command(role, program, words)
     if "--version" in words:
@@ -13872,6 +13913,8 @@ def main(argv: list) -> int:
         return _run_role(argv)
     except CtrlExecError as error:
         return _fail(program, error)
+    except ImportError as error:
+        return _fail(program, ConfigError(INCOMPLETE % error.name))
     except KeyboardInterrupt:
         return 130  # 128 + SIGINT, as shells count
     except BrokenPipeError:

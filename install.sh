@@ -620,8 +620,10 @@ install_program() {
 #!$python -IS
 # ctrl-exec, under the name this is called by; $mark
 import os
+import signal
 import sys
 
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])  # kept for a service that starts; main() unblocks it
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
 import ctrl_exec
 
@@ -852,6 +854,8 @@ ExecStart=$prefix/bin/cea serve
 ExecReload=$prefix/bin/cea reload
 # A restart ends the agent and not the scripts it runs: they finish, and their results are kept.
 KillMode=process
+# Below its own control group the agent makes one for each run, so that nothing of a run outlives its end.
+Delegate=yes
 # One script that eats all memory must not take the agent and the other scripts with it.
 OOMPolicy=continue
 $(render_restarts ctrl-exec-agent '')

@@ -361,6 +361,61 @@ def test_root_that_may_not_change_its_user_is_told_so(fresh, how):
     assert "root cannot become the user ctrl-exec-agent here" in first and "Traceback" not in first
 
 
+# --- a part of Python only ------------------------------------------------------------------------------
+
+MINIMAL = ["shutil", "shlex", "hmac", "queue", "resource", "difflib", "ctypes"]  # lacks these on every Debian
+
+
+def without(modules, root, *words):
+    """Run one command line with a Python that has not got some modules."""
+    script = """import runpy, sys
+class Lacking:
+    def find_spec(self, name, path=None, target=None):
+        if name in %r:
+            raise ModuleNotFoundError("No module named %%r" %% name, name=name)
+sys.meta_path.insert(0, Lacking())
+for name in %r:
+    sys.modules.pop(name, None)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+""" % (modules, modules)
+    argv = [sys.executable, "-IS", "-c", script, support.PROGRAM, *words]
+    env = {"PATH": ctrl_exec.SAFE_PATH, "CTRL_EXEC_ROOT": str(root)}
+    return subprocess.run(argv, env=env, capture_output=True, timeout=60, text=True)
+
+
+@pytest.mark.parametrize("verb", ["agent serve", "dispatcher pairing-mode", "dispatcher check", "demo"])
+def test_a_python_that_is_not_whole_is_one_sentence(fresh, verb):
+    deployment = fresh(start=False)
+    root = deployment["solo"].root if "agent" in verb else deployment.control.root
+    done = without(MINIMAL, root, *verb.split())
+    assert done.returncode == 78, done
+    assert re.search("this Python lacks its module [a-z]+: install the whole", done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+def test_a_python_without_json_is_the_same_sentence(tmp_path):
+    done = without(["json"], tmp_path, "--version")
+    assert done.returncode == 1 and "this Python lacks its module json: install the whole" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_agent_whose_python_has_no_ctypes_serves(fresh):
+    deployment = fresh(start=False)
+    solo = deployment["solo"]
+    with open(os.path.join(solo.root, ".launch"), encoding="utf-8") as file:
+        launcher = file.read()
+    blind = "import sys\nsys.modules['ctypes'] = None\n" + launcher
+    with open(os.path.join(solo.root, ".launch"), "w", encoding="utf-8") as file:
+        file.write(blind)
+    solo.start()
+    assert run(deployment, "hello")["stdout"] == "hello\n"
+    solo.script("profiled", "echo\n", "profile=p")
+    solo.configure("[profile p]\nno_new_privileges = yes\n")
+    assert "RESULT=ok" in solo.reload()
+    assert run(deployment, "profiled")["exit"] == 126
+
+
 # --- reload ---------------------------------------------------------------------------------------------
 
 
@@ -408,12 +463,12 @@ def test_a_hangup_of_all_its_processes_reloads_and_ends_nothing(fresh, tmp_path)
     solo.reload()
     reqid = deployment.control.json("run", "--async", "solo", "held", "--", str(gate))[1]["reqid"]
     wait_until(lambda: os.path.exists(str(gate) + ".began"), what="the script")
-    mine = [one for one in ctrl_exec.list_processes() if one.name.startswith("cea: ")]
-    tree = {one.pid for one in ctrl_exec.list_descendants(solo.process.pid)} | {solo.process.pid}
-    names = sorted(one.name for one in mine if one.pid in tree)
-    assert {"cea: executor", "cea: front", "cea: supervisor", "cea: script"} <= set(names)
-    for pid in tree:
-        os.kill(pid, signal.SIGHUP)
+    own = ctrl_exec.find_process(solo.process.pid)
+    tree = lambda: [own, *ctrl_exec.list_descendants(own.pid)]  # noqa: E731
+    titles = {"cea: executor", "cea: front", "cea: supervisor", "cea: script"}
+    wait_until(lambda: titles <= {one.name for one in tree()}, what="all kinds of processes")
+    for process in tree():
+        os.kill(process.pid, signal.SIGHUP)
     wait_until(lambda: len(solo.events("reload")) == 2, what="the reload")
     gate.touch()
     status, shown = deployment.control.json("wait", reqid)

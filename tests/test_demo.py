@@ -174,3 +174,44 @@ def test_an_interrupt_in_the_middle_cleans_up(tmp_path, number, moment):
     assert "$ ced run web-01 reboot" not in rest
     wait_until(lambda: not processes_of(str(tmp_path)), what="the end of every process of the demo")
     assert os.listdir(str(tmp_path)) == []
+
+
+def in_namespace(shell, cwd="/"):
+    """The demo in a mount namespace of its own, after some shell."""
+    argv = ["unshare", "--mount", "sh", "-ec", shell + '\ncd %s\nexec "$@"' % cwd, "sh"]
+    argv += [sys.executable, "-I", PROGRAM, "demo"]
+    env = {"PATH": ctrl_exec.SAFE_PATH, "LC_ALL": "C", "HOME": "/mnt"}
+    return subprocess.run(argv, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="needs root: mounts")
+def test_the_demo_finds_a_place_where_scripts_can_run():
+    done = in_namespace("mount -t tmpfs -o noexec none /tmp\nmount -t tmpfs none /var/tmp")
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    check_story(done.stdout, "/var/tmp/ctrl-exec-demo-")
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="needs root: mounts")
+@pytest.mark.parametrize("option", ["noexec", "ro"])
+def test_the_demo_stops_with_a_sentence_where_no_script_can_run(option):
+    places = "\n".join("mount -t tmpfs -o %s none %s" % (option, at) for at in ("/tmp", "/var/tmp", "/mnt", "/run"))
+    done = in_namespace(places, cwd="/proc")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "no directory was found in which scripts can run" in done.stderr and "TMPDIR" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_demo_stops_at_a_step_that_fails(tmp_path):
+    program = tmp_path / "ctrl_exec.py"
+    with open(PROGRAM, encoding="utf-8") as file:
+        text = file.read()
+    broken = text.replace("def cmd_list_requests(args: Any, config: Config) -> int:\n",
+                            "def cmd_list_requests(args: Any, config: Config) -> int:\n    return 5\n")  # fmt: skip
+    assert broken != text
+    program.write_text(broken, encoding="utf-8")
+    temporary = tmp_path / "t"
+    temporary.mkdir()
+    process = demo(temporary, program=str(program))
+    out, err = (data.decode() for data in process.communicate(timeout=120))
+    assert process.returncode == 1 and "`ced list-requests` ended with status 5, and 0 was expected" in err
+    assert "$ ced approve" not in out and os.listdir(str(temporary)) == []
