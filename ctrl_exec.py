@@ -585,7 +585,8 @@ def tell_systemd(state: str) -> None:
         return
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
-            channel.sendto(state.encode("ascii"), address.replace("@", "\0", 1))
+            # not waiting for a manager that does not read: it would stop the service
+            channel.sendto(state.encode("utf-8", "replace"), socket.MSG_DONTWAIT, address.replace("@", "\0", 1))
     except OSError:
         pass
 
@@ -2333,6 +2334,12 @@ def parse_request(pem: str) -> CertRequest:
     return CertRequest(der, _encode_der(tag, info), _encode_der(key_tag, key), digest, signature[1:])
 
 
+def explain_openssl() -> str:
+    """What to look at when OpenSSL, the program or the library, lacks what every OpenSSL has."""
+    where = os.environ.get("OPENSSL_CONF") or "openssl.cnf, where `openssl version -d` says"
+    return "see OpenSSL's configuration (%s): it may name a provider, such as fips, that is not there" % where
+
+
 def _openssl_environment() -> dict:
     """What openssl finds in its environment. The system's configuration holds for it as it does for Python's
     ssl (it may demand FIPS); what we issue is in our own text above, which no configuration changes."""
@@ -2416,6 +2423,13 @@ class _WorkDirectory:
         return self.put(name, template.format(**values).encode("ascii"))
 
 
+_HINTS_TO_RUN = {
+    errno.ENOENT: "install the openssl package",
+    errno.EMFILE: "raise the limit of open files: ulimit -n, LimitNOFILE= of a service",
+    errno.EAGAIN: "raise the limit of processes: ulimit -u, TasksMax= of a service",
+}
+
+
 class OpenSSL:
     """The openssl program. One object, made once; each method is one task done by it."""
 
@@ -2428,13 +2442,14 @@ class OpenSSL:
         try:
             done = run_program(argv, stdin=stdin, env=_openssl_environment(), timeout=OPENSSL_SECONDS)
         except OSError as error:
-            hint = "install the openssl package" if error.errno == errno.ENOENT else ""
+            hint = _HINTS_TO_RUN.get(error.errno, "")
             raise ProgramError("cannot run openssl: %s" % error.strerror, hint) from error
         if done.status is None:
             raise ProgramError("openssl %s did not end within %d s" % (options[0], OPENSSL_SECONDS))
         if done.status != 0:
             said = one_line(b" ".join((done.stdout, done.stderr)).decode("utf-8", "replace").strip()[-400:])
-            raise ProgramError("openssl %s failed: %s" % (options[0], said), status=done.status)
+            hint = explain_openssl() if re.search(":unsupported:|provider|fips", said, re.IGNORECASE) else ""
+            raise ProgramError("openssl %s failed: %s" % (options[0], said), hint, done.status)
         return done.stdout
 
     def version(self) -> str:
@@ -2465,7 +2480,7 @@ class OpenSSL:
                     raise ProgramError("it accepts a certificate that the CA has not signed")
         except CtrlExecError as error:
             message = "the openssl program here (%s) does not do what ctrl-exec needs: %s"
-            hint = "install OpenSSL, 1.1.1 or newer"
+            hint = error.hint or "install OpenSSL, 1.1.1 or newer"
             raise ProgramError(message % (version, error.message), hint) from error
         return version
 
@@ -3020,9 +3035,14 @@ def fingerprint(der: bytes) -> str:
 # --- TLS ------------------------------------------------------------------------------------------------
 
 
+def render_reason(reason: str) -> str:
+    """OpenSSL's `KEY_VALUES_MISMATCH` as `key values mismatch`."""
+    return reason.replace("_", " ").lower()
+
+
 def _apply_policy(context: ssl.SSLContext) -> ssl.SSLContext:
-    """The TLS policy of every socket of this program."""
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # A site may demand TLS 1.3; from Python 3.10 on this is seen only where the distribution has seen to it.
+    context.minimum_version = max(context.minimum_version, ssl.TLSVersion.TLSv1_2)
     context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # TLS 1.3 has none but AEAD
     context.verify_flags |= ssl.VERIFY_X509_STRICT  # on all Pythons, not from 3.13 on only
     context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_TICKET
@@ -3030,9 +3050,15 @@ def _apply_policy(context: ssl.SSLContext) -> ssl.SSLContext:
     return context
 
 
-def render_reason(reason: str) -> str:
-    """OpenSSL's `KEY_VALUES_MISMATCH` as `key values mismatch`."""
-    return reason.replace("_", " ").lower()
+def _new_context(protocol: Any) -> ssl.SSLContext:
+    """A context with the TLS policy of every socket of this program. Raises TrustError when there can be
+    none."""
+    try:
+        return _apply_policy(ssl.SSLContext(protocol))
+    except ssl.SSLError as error:
+        message = "the OpenSSL of this Python (%s) cannot be used: %s"
+        reason = render_reason(error.reason or str(error))
+        raise TrustError(message % (ssl.OPENSSL_VERSION, reason), explain_openssl()) from error
 
 
 def _load_identity(context: ssl.SSLContext, identity: Identity, group: str) -> None:
@@ -3097,7 +3123,7 @@ def check_cas(openssl: OpenSSL, ca_cert: str, hint: str) -> list:
 
 def new_server_context(identity: Identity, verify_clients: bool, group: str = "") -> ssl.SSLContext:
     """The context of a listening port. Raises TrustError for files that cannot be used."""
-    context = _apply_policy(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
+    context = _new_context(ssl.PROTOCOL_TLS_SERVER)
     context.num_tickets = 0  # without this, a small exchange waits 40 ms for a delayed acknowledgement
     _load_identity(context, identity, group)
     if verify_clients:
@@ -3112,7 +3138,7 @@ def new_client_context(identity: Identity) -> ssl.SSLContext:
     The name is compared by `is_named`, exactly: check_hostname would take wildcards and IP addresses. The
     key may be readable for the group that the HTTP API runs as.
     """
-    context = _apply_policy(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+    context = _new_context(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     _load_ca(context, identity.ca)
     _load_identity(context, identity, DISPATCHER_USER)
@@ -3121,7 +3147,7 @@ def new_client_context(identity: Identity) -> ssl.SSLContext:
 
 def new_pairing_context() -> ssl.SSLContext:
     """The context of an agent that believes nobody yet: encrypted, not authenticated."""
-    context = _apply_policy(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+    context = _new_context(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     return context
@@ -3129,7 +3155,7 @@ def new_pairing_context() -> ssl.SSLContext:
 
 def new_probe_context(ca_path: str) -> ssl.SSLContext:
     """The context of a caller without a certificate that checks the server's against the CA."""
-    context = _apply_policy(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+    context = _new_context(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     _load_ca(context, ca_path)
     return context
@@ -13852,6 +13878,28 @@ usage: ctrl_exec.py demo [--keep]              a whole deployment in a temporary
        ctrl_exec.py --version"""
 
 
+def _start_compiled(role: str, words: list) -> None:
+    """Begin anew, in this process, with the compiled form of the program, if this is a plain copy of it: what
+    the compiler has used would stay with a service for good, 35 MiB of it, and be copied for its children.
+
+    Returns when there is nothing to gain, or when it cannot be done: the service runs all the same.
+    """
+    if __name__ != "__main__" or type(__loader__).__name__ != "SourceFileLoader":
+        return
+    import py_compile
+    import tempfile
+
+    try:
+        with tempfile.TemporaryDirectory() as top:
+            compiled = os.path.join(top, "ctrl_exec.pyc")
+            py_compile.compile(__file__, compiled, os.path.realpath(__file__), doraise=True)
+            program = os.open(compiled, os.O_RDONLY)
+        os.set_inheritable(program, True)
+        os.execv(sys.executable, [sys.executable, "-IS", "/proc/self/fd/%d" % program, role, *words])
+    except OSError:
+        pass
+
+
 def _run_role(argv: list) -> int:
     """Find out who we are, and do as asked. Raises CtrlExecError."""
     program = os.path.basename(argv[0])
@@ -13864,6 +13912,8 @@ def _run_role(argv: list) -> int:
     # A hang-up that comes while a service starts is for the service, and must not end it.
     is_service = role in ("agent", "api")
     signal.pthread_sigmask(signal.SIG_BLOCK if is_service else signal.SIG_UNBLOCK, [signal.SIGHUP])
+    if is_service and "serve" in words:
+        _start_compiled(role, words)
     if role:
         return run_command(role, program, words)
     if "--version" in words:

@@ -416,6 +416,93 @@ def test_an_agent_whose_python_has_no_ctypes_serves(fresh):
     assert run(deployment, "profiled")["exit"] == 126
 
 
+# --- an OpenSSL that is restricted or ill ----------------------------------------------------------------
+
+NO_FIPS = """openssl_conf = init
+[init]
+providers = providers
+alg_section = algorithms
+[providers]
+none-such = missing
+base = base
+[missing]
+activate = 1
+[base]
+activate = 1
+[algorithms]
+default_properties = fips=yes
+"""
+
+
+@pytest.fixture
+def no_fips(tmp_path):
+    """An environment that asks for a FIPS provider which is not there."""
+    path = tmp_path / "fips.cnf"
+    path.write_text(NO_FIPS, encoding="ascii")
+    return {"OPENSSL_CONF": str(path)}
+
+
+@pytest.mark.parametrize("verb", ["setup-ca", "ping solo", "pairing-mode", "rotate-cert", "check"])
+def test_a_provider_that_is_missing_is_named_and_not_a_bug(fresh, no_fips, tmp_path, verb):
+    deployment = fresh(start=False)
+    control = support.Control(tmp_path / "new", set_up=False) if verb == "setup-ca" else deployment.control
+    done = control.run(*verb.split(), env=no_fips, input=b"")
+    assert done.returncode == 1, done.out + done.err
+    assert no_fips["OPENSSL_CONF"] in done.out + done.err and "provider" in done.out + done.err
+    assert "internal error" not in done.out + done.err and control.events("bug") == []
+
+
+def test_an_agent_and_an_api_whose_provider_is_missing_say_so(fresh, no_fips):
+    deployment = fresh(start=False)
+    api = support.ApiServer(deployment.control)
+    for program, words in ((deployment["solo"], ["serve"]), (api, ["--config", api.conf])):
+        done = program.run(*words, env=no_fips)
+        assert done.returncode == 78 and no_fips["OPENSSL_CONF"] in done.err and "cannot be used" in done.err
+    assert deployment["solo"].json("self-check", env=no_fips)[0] == 1
+
+
+@pytest.mark.parametrize("limit", [8, 10, 12, 14, 16, 20])
+def test_few_descriptors_are_called_that_and_nothing_else(fresh, limit):
+    deployment = fresh(start=False)
+    for program, verb in ((deployment.control, "check"), (deployment["solo"], "self-check")):
+        words = ["prlimit", "--nofile=%d:%d" % (limit, limit), *program.argv(verb)]
+        done = subprocess.run(words, env=program.environment(), capture_output=True, timeout=60, text=True)
+        assert done.returncode in (0, 1) and "Traceback" not in done.stderr
+        for line in done.stdout.splitlines():
+            if line.startswith("FAIL"):
+                assert "Too many open files" in line, line
+        assert "not a certificate" not in done.stdout and "setup-ca" not in done.stdout
+
+
+# --- little memory --------------------------------------------------------------------------------------
+
+
+def proportional(pid):
+    """A process's share of memory in KiB (proc(5), Pss)."""
+    with open("/proc/%d/smaps_rollup" % pid, encoding="ascii") as file:
+        return int(re.search(r"^Pss: +([0-9]+)", file.read(), re.MULTILINE)[1])
+
+
+def test_a_plain_copy_of_the_file_serves_from_its_compiled_form(fresh, tmp_path):
+    deployment = fresh(start=False)
+    solo, copy = deployment["solo"], tmp_path / "cea"
+    shutil.copy(support.PROGRAM, str(copy))
+    words = [sys.executable, "-IS", str(copy), "--root", solo.root, "serve"]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    solo.process = subprocess.Popen(words, env=solo.environment(), start_new_session=True, **pipes)
+    wait_until(lambda: ping(deployment)["status"] == "ok", what="the agent")
+    assert run(deployment, "hello")["stdout"] == "hello\n"
+    with open("/proc/%d/cmdline" % solo.process.pid, "rb") as file:
+        assert file.read().split(b"\0")[2].startswith(b"/proc/self/fd/")
+    tree = [solo.process.pid, *(one.pid for one in ctrl_exec.list_descendants(solo.process.pid))]
+    assert len(tree) >= 4
+    assert sum(map(proportional, tree)) < 48 * 1024
+    solo.script("new", "echo new\n")
+    assert "RESULT=ok" in solo.reload()
+    assert run(deployment, "new")["stdout"] == "new\n"
+    assert solo.stop() == 0
+
+
 # --- reload ---------------------------------------------------------------------------------------------
 
 

@@ -38,7 +38,9 @@ HOMES = {
     "argparse": {"CLI": ANY},
     "ctypes": {"JOBS": ANY, "EXECUTOR": set()},  # prctl(2); EXECUTOR imports it once for all its children
     # while signing; the demo; GROUND imports it early for a process that gives up root
-    "tempfile": {"OPENSSL": {"mkdtemp"}, "CLI": {"mkdtemp"}, "GROUND": set()},
+    "tempfile": {
+        "OPENSSL": {"mkdtemp"}, "CLI": {"mkdtemp"}, "GROUND": set(), "MAIN": {"TemporaryDirectory"},
+    },
 }  # fmt: skip
 FORBIDDEN = {"print", "pickle", "marshal", "shelve", "yaml", "eval", "exec", "compile", "__import__", "input"}
 
