@@ -417,6 +417,11 @@ def describe_skew(skew: float) -> str:
     return "%d s %s this one" % (abs(skew), "ahead of" if skew > 0 else "behind")
 
 
+def is_clock_off(skew: Optional[float]) -> bool:
+    """Whether two clocks are too far apart to judge certificates alike; not if nothing was told."""
+    return skew is not None and abs(skew) > MAX_SKEW
+
+
 def new_id(size: int = 8) -> str:
     """`size` random bytes from the kernel, as lower-case hex."""
     return os.urandom(size).hex()
@@ -586,7 +591,9 @@ def tell_systemd(state: str) -> None:
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
             # not waiting for a manager that does not read: it would stop the service
-            channel.sendto(state.encode("utf-8", "replace"), socket.MSG_DONTWAIT, address.replace("@", "\0", 1))
+            channel.sendto(
+                state.encode("utf-8", "replace"), socket.MSG_DONTWAIT, address.replace("@", "\0", 1)
+            )
     except OSError:
         pass
 
@@ -7333,7 +7340,7 @@ class Front:
     def _note_clock(self, caller: Caller, peer: Peer, skew: float) -> None:
         """Have it kept what a dispatcher's clock says: once a minute, and whenever it comes to disagree with
         ours or to agree again."""
-        is_far = abs(skew) > MAX_SKEW
+        is_far = is_clock_off(skew)
         noted, was_far = self._clocks.get(caller.dispatcher, (-CLOCK_SECONDS, False))
         if was_far == is_far and time.monotonic() - noted < CLOCK_SECONDS:
             return
@@ -7661,7 +7668,7 @@ def _check_clocks(config: Config, trusted: dict) -> Iterator[Finding]:
         if note is None:
             what = "dispatcher %s has not told this host the time" % dispatcher
             yield Finding("WARN", what, "on it: ced ping this host; an older one does not tell")
-        elif abs(note.ahead) > MAX_SKEW:
+        elif is_clock_off(note.ahead):
             words = (dispatcher, describe_skew(note.ahead), note.seen)
             hint = "set one of them: certificates are judged by the clock; then, on it: ced ping this host"
             yield Finding("WARN", "dispatcher %s: its clock was %s at %s" % words, hint)
@@ -8332,6 +8339,7 @@ class PairingRequest(NamedTuple):
     reason: str = ""
     certificate: str = ""
     answer_proof: str = ""  # the token's proof to the agent
+    ahead: int = 0  # seconds that the agent's clock was ahead of ours
 
     def offer(self) -> PairingOffer:
         return PairingOffer(*(getattr(self, field) for field in PairingOffer._fields))
@@ -8347,6 +8355,7 @@ _OFFER_FIELDS = (
     Field("version", str, most=32),
     Field("commit", str, most=64),
     Field("token_id", str, most=32),
+    Field("time", str, most=64),
 )
 _REVEAL_FIELDS = (
     Field("reqid", str, True, 64),
@@ -8467,7 +8476,7 @@ class PairingFront:
         if not self._gate.admit(peer.address):  # the limit holds within a connection as well
             raise Unavailable("too many pairing requests from this address; try again later")
         fields = parse_fields(request.body, _OFFER_FIELDS)
-        commit = fields.pop("commit")
+        commit, skew = fields.pop("commit"), measure_skew(fields.pop("time"))
         legacy = not commit
         _check_offer(fields, commit)
         if legacy and not self._terms.allow_legacy:
@@ -8479,6 +8488,7 @@ class PairingFront:
             agent_nonce="",
             dispatcher_nonce=new_id(NONCE_BYTES),
             legacy=legacy,
+            ahead=int(skew or 0),
             **fields,
         )
         LOG.event(
@@ -8495,8 +8505,9 @@ class PairingFront:
             self._offered[waiting.reqid] = _Offered(waiting, commit, peer.sock, Deadline(HANDSHAKE_SECONDS))
         pending.update(dispatcher_nonce=waiting.dispatcher_nonce, ca=self._terms.ca)
         pending.update(
-            dispatcher_id=self._terms.dispatcher_id, dispatcher_serial=self._terms.dispatcher_serial
-        )
+            dispatcher_id=self._terms.dispatcher_id, dispatcher_serial=self._terms.dispatcher_serial,
+            time=iso_time(now()),
+        )  # fmt: skip
         return Response(200, pending)
 
     def _reveal(self, peer: Peer, request: Request) -> Response:
@@ -8684,6 +8695,8 @@ def parse_pairing_request(values: dict) -> PairingRequest:
             raise BadRequest("field `%s` is malformed" % name, name)
     if not 0 <= request.port <= 65535:
         raise BadRequest("field `port` is malformed", "port")
+    if not abs(request.ahead) < 10**12:
+        raise BadRequest("field `ahead` is malformed", "ahead")
     try:
         decode_pem(request.csr, "CERTIFICATE REQUEST")
     except ValueError as error:
@@ -9079,6 +9092,7 @@ class PairingSession:
             error.hint = "is `ced pairing-mode` running there?"
             raise
         body = dict(self._offer._asdict(), commit=pairing_commitment(self._agent_nonce, self._offer))
+        body["time"] = iso_time(now())
         if wish.token:
             body["token_id"] = self._token_id
         self._lines = self._connection.request_lines("POST", "/pair", body, self._deadline, MAX_PAIRING_BODY)
@@ -9103,6 +9117,7 @@ class PairingSession:
                 "the dispatcher refused: %s" % one_line(str(pending.get("reason", "no reason given"))[:300])
             )
         self.reqid = str(pending.get("reqid", ""))
+        self.skew = measure_skew(str(pending.get("time", "")))  # an older dispatcher does not say
         if not REQUEST_ID.fullmatch(self.reqid):
             raise PairingDenied("the dispatcher's answer has no request id")
         self.legacy = "dispatcher_nonce" not in pending
@@ -9216,7 +9231,12 @@ class PairingSession:
             self._openssl.check_key_match(pem, config.key)
             info = parse_certificate(pem)
         except (TrustError, ProgramError, ValueError) as error:
-            raise PairingDenied("the certificate is not believed: %s" % error) from error
+            hint = ""
+            if is_clock_off(self.skew):
+                hint = "the dispatcher's clock is %s: set one of them, and ask again" % describe_skew(
+                    self.skew
+                )
+            raise PairingDenied("the certificate is not believed: %s" % error, hint) from error
         if not self._is_known_ca(decision["ca"]):
             write_atomic(config.ca, ca_pem, mode=0o644, durable=True)
         serial, dispatcher_id = decision["dispatcher_serial"], decision["dispatcher_id"]
@@ -12405,9 +12425,11 @@ def _spaced(code: str) -> str:
 
 
 def _describe_request(terms: PairingTerms, request: PairingRequest) -> str:
-    legacy = "  (legacy: the code proves little)" if request.legacy else ""
+    remarks = "  (legacy: the code proves little)" if request.legacy else ""
+    if is_clock_off(request.ahead):
+        remarks += "  (its clock is %s: set one of them)" % describe_skew(request.ahead)
     return "%s  %s  from %s  code %s%s" % (
-        request.reqid, request.hostname, request.peer, _spaced(request_code(terms, request)), legacy
+        request.reqid, request.hostname, request.peer, _spaced(request_code(terms, request)), remarks
     )  # fmt: skip
 
 
@@ -12426,6 +12448,7 @@ def cmd_list_requests(args: Any, config: Config) -> int:
                 "code": request_code(terms, request),
                 "received": iso_time(request.received),
                 "legacy": request.legacy,
+                "clock": request.ahead,
             }
             for request in requests
         ]
@@ -12433,10 +12456,11 @@ def cmd_list_requests(args: Any, config: Config) -> int:
         return 0
     rows = [
         (request.reqid, request.hostname, request.peer, request.port or AGENT_PORT,
-         _spaced(request_code(terms, request)), "%ds" % (now() - request.received))
+         _spaced(request_code(terms, request)), "%ds" % (now() - request.received),
+         "its clock is " + describe_skew(request.ahead) if is_clock_off(request.ahead) else "")
         for request in requests
     ]  # fmt: skip
-    say(_render_table(("ID", "NAME", "FROM", "PORT", "CODE", "WAITS"), rows))
+    say(_render_table(("ID", "NAME", "FROM", "PORT", "CODE", "WAITS", ""), rows))
     return 0
 
 
@@ -13130,6 +13154,12 @@ def _finish_pairing(config: Config, session: PairingSession, state: PairingState
 
 
 def _show_code(session: PairingSession, has_token: bool, background: bool) -> None:
+    if is_clock_off(session.skew):
+        warn(
+            "cea: the dispatcher's clock is %s; certificates are judged by the clock:"
+            % describe_skew(session.skew)
+        )
+        warn("     set one of them before you go on")
     if session.legacy:
         warn("cea: the dispatcher is of an older release: this code is a hash of our request alone,")
         warn("     which somebody in the middle can imitate in a second")

@@ -778,6 +778,45 @@ def test_a_handshake_that_fails_on_dates_blocks_nobody(fresh, tmp_path):
     assert ping(deployment)["status"] == "ok"
 
 
+def set_clock(program, seconds):
+    """Have a program's own clock be so far ahead."""
+    path = os.path.join(program.root, ".launch")
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    moved = "import ctrl_exec\nreal = ctrl_exec.now\nctrl_exec.now = lambda: real() + %d\n" % seconds
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text.replace("import ctrl_exec\n", moved))
+
+
+@pytest.mark.parametrize("seconds, words", [(-10800, "behind this one"), (7200, "ahead of this one"), (0, None)])
+def test_pairing_with_clocks_apart_says_so_on_both_sides(tmp_path, seconds, words):
+    control = support.Control(tmp_path / "control")
+    host = support.Host(tmp_path / "host", "solo")
+    set_clock(host, seconds)
+    desk = control.open_pairing()
+    try:
+        asked = host.run("request-pairing", "--background", "--dispatcher", "127.0.0.1:%d" % desk.port, "--name", "solo")
+        assert asked.returncode == 0, asked.err
+        shown = wait_until(lambda: control.run("list-requests").out.splitlines()[2:], what="the request")[0]
+        (request,) = control.json("list-requests")[1]["requests"]
+        assert abs(request["clock"] - seconds) < 60
+        if words:
+            assert "its clock is" in shown and words in shown
+            assert "the dispatcher's clock is" in asked.err and "set one of them" in asked.err
+        else:
+            assert "clock" not in shown + asked.err
+        desk.stdin.write(b"list\n")
+        desk.stdin.flush()
+        line = desk.stdout.readline().decode()
+        while "code" not in line:
+            line = desk.stdout.readline().decode()
+        assert ("its clock is" in line) == bool(words), line
+        control.run("deny", asked.out.strip())
+    finally:
+        desk.terminate()
+        desk.communicate(timeout=60)
+
+
 # --- arguments as bytes ---------------------------------------------------------------------------------
 
 
