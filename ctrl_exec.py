@@ -69,7 +69,7 @@ except ImportError as lacking:  # python3-minimal of Debian, for one
 # Values that pass between sections are NamedTuples and not frozen dataclasses: creating thirty
 # dataclasses costs each start 25 ms and importing their module 8 ms; NamedTuples cost 6 and 2.
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 
 AGENT_PORT = 7443
 PAIRING_PORT = 7444
@@ -1985,7 +1985,7 @@ _EXAMPLE_HEADS = {
     "agent": """\
 # ==== {file}: the agent (cea) ====
 # Read at start and on SIGHUP. Which scripts may run is another file, scripts.conf, one line a script:
-#   NAME = /absolute/path [profile=P] [timeout=SECONDS] [max_running=N]
+#   NAME = /absolute/path [profile=P] [timeout=SECONDS] [max_running=N] [unrecorded=yes]
 """,
     "profile": """\
 # [tags]: shown by `ced discovery` and used by `ced run --tags site=north ...`
@@ -10327,6 +10327,7 @@ class Rotation(NamedTuple):
     extra: dict = {}  # fields of other releases, kept as they are
 
 
+ROTATION_FORMAT = 1  # of rotation.json; a release that changes its meaning counts up: older ones refuse it
 _NAMES = {"former": "gone", "revoked": "told"}  # the tables, and what each calls its list of hosts
 
 
@@ -10346,13 +10347,22 @@ def _read_entries(values: dict, key: str, names: str, path: str) -> dict:
         raise StorageError("%s: `%s` cannot be used" % (path, key)) from error
 
 
+class _NewerFormat(Exception):
+    """A state file says that it means something else than we know."""
+
+
 def load_rotation(path: str) -> Rotation:
     """What rotation.json says. Raises StorageError."""
     try:
         values = read_json_file(path)
+        if values.get("format", 1) != ROTATION_FORMAT:
+            raise _NewerFormat
         tables = [_read_entries(values, table, names, path) for table, names in _NAMES.items()]
     except FileNotFoundError:
         return Rotation({}, {})
+    except _NewerFormat:
+        message = "%s was written by a newer release, whose rotation of certificates this one does not know"
+        raise StorageError(message % path, "use that release here; README, Rolling back") from None
     except StorageError as error:
         hint = "mend it, or remove it: hosts are asked again, and former certificates stay longer"
         raise StorageError(error.message, error.hint or hint) from error
@@ -10366,6 +10376,7 @@ def edit_rotation(path: str, edit: Callable) -> Rotation:
     with FileLock(path + ".lock"):
         rotation = edit(load_rotation(path))
         values = {key: value for key, value in rotation._asdict().items() if key != "extra"}
+        values.update(format=ROTATION_FORMAT)
         write_atomic(path, encode_state(dict(rotation.extra, **values)), mode=0o640, durable=True)
     return rotation
 

@@ -410,6 +410,24 @@ if [ "$kind" != program ]; then
         is_our_service "$inits/$name" || note_foreign "$inits/$name"
     done
 fi
+version_of() { sed -n 's/^__version__ = "\([0-9.]*\)"$/\1/p' "$1"; }
+
+# While the CA is being replaced, hosts believe two CAs. Releases differ in what they know of that, and one that
+# knows less would reach no host any more.
+is_newer() { # VERSION VERSION: whether the first is
+    [ "$1" != "$2" ] && [ "$(printf '%s\n%s\n' "$1" "$2" | sort -t . -k 1,1n -k 2,2n -k 3,3n | tail -n 1)" = "$1" ]
+}
+if [ -f "$lib/ctrl_exec.py" ]; then
+    installed=$(version_of "$lib/ctrl_exec.py") ours=$(version_of "$here/ctrl_exec.py")
+    if is_newer "${installed:-0}" "${ours:-0}"; then
+        for path in "$stage"/etc/ctrl-exec/*.next.crt "$stage"/etc/ctrl-exec/*.next.key; do
+            [ ! -e "$path" ] || die 1 "${path#"$stage"} is there: certificates are being replaced, which $installed began;" \
+                "finish it before going back to $ours: ced maintain, ced retire-ca (README, Rolling back)"
+        done
+        say "going back from $installed to $ours (README, Rolling back)"
+    fi
+fi
+
 if [ -n "$in_the_way" ]; then
     [ -n "$move_aside" ] ||
         die 1 "in the way, and not made by this script:$in_the_way; move them away first, or add --move-aside"
@@ -684,7 +702,7 @@ install_agent() {
     cat >"$work/scripts.conf" <<'END'
 # ==== /etc/ctrl-exec-agent/scripts.conf: what may run on this host; nothing else does ====
 # Read at start and on SIGHUP. One script a line:
-#   NAME = /absolute/path [profile=P] [timeout=SECONDS] [max_running=N]
+#   NAME = /absolute/path [profile=P] [timeout=SECONDS] [max_running=N] [unrecorded=yes]
 #uptime = /usr/bin/uptime
 END
     make_conf "$work/scripts.conf" ctrl-exec-agent /etc/ctrl-exec-agent/scripts.conf

@@ -735,6 +735,24 @@ def test_a_spoiled_rotation_json_is_named_and_stops_no_ping(site):
     assert len(well(ced(site.control, "serial-status", "--json")).json["former"]) == 1  # its files are there
 
 
+def test_a_rotation_json_of_a_newer_release_is_refused_as_it_is(site):
+    path = ctrl_exec.rotation_path(site.control.config)
+    ctrl_exec.edit_rotation(path, lambda rotation: rotation)
+    saved = read(path)
+    newer = json.dumps(dict(json.loads(saved), format=2)).encode()
+    try:
+        with open(path, "wb") as file:
+            file.write(newer)
+        for verb in ("maintain", "rotate-cert", "check"):
+            done = site.control.run(verb)
+            assert done.returncode == 1 and "written by a newer release" in done.out + done.err
+        assert site.control.run("ping", "alpha").returncode == 0
+        assert read(path) == newer
+    finally:
+        with open(path, "wb") as file:
+            file.write(saved)
+
+
 def test_fields_of_other_releases_in_rotation_json_stay(site):
     path = ctrl_exec.rotation_path(site.control.config)
     overwrite(path, b'{"later": {"a": 1}}')

@@ -409,19 +409,19 @@ exec(sys.stdin.read())
     assert asked <= set(getattr(sys, "stdlib_module_names", asked))
 
 
-def test_no_module_of_the_program_is_optional():
-    """install.sh refuses an interpreter without it: an import that may fail would need an exception there."""
+def test_only_ctypes_is_a_module_that_the_program_can_do_without():
+    """install.sh refuses an interpreter without any of them; the program itself says which it lacks, and goes on
+    without ctypes only."""
     program = ast.parse(read(REPOSITORY, "ctrl_exec.py"))
-    attempts = [node for node in ast.walk(program) if isinstance(node, ast.Try)]
-    caught = {
-        name.id
-        for attempt in attempts
-        if any(isinstance(node, (ast.Import, ast.ImportFrom)) for part in attempt.body for node in ast.walk(part))
-        for handler in attempt.handlers
-        for name in ast.walk(handler.type or ast.Name("BaseException"))
-        if isinstance(name, ast.Name)
-    }
-    assert not caught & {"ImportError", "ModuleNotFoundError"}
+    optional = set()
+    for attempt in (node for node in ast.walk(program) if isinstance(node, ast.Try)):
+        for handler in attempt.handlers:
+            names = {name.id for name in ast.walk(handler.type or ast.Name("x")) if isinstance(name, ast.Name)}
+            ends = any(isinstance(node, ast.Attribute) and node.attr == "exit" for node in ast.walk(handler))
+            if names & {"ImportError", "ModuleNotFoundError"} and not ends:
+                imports = [node for node in attempt.body if isinstance(node, ast.Import)]
+                optional |= {alias.name for node in imports for alias in node.names}
+    assert optional == {"ctypes"}
 
 
 def _python_without(top, *missing):
@@ -679,6 +679,7 @@ def test_the_unit_lets_scripts_outlive_a_restart_and_does_not_confine_them(stage
         "ExecStart": "/usr/local/bin/cea serve",
         "ExecReload": "/usr/local/bin/cea reload",
         "KillMode": "process",
+        "Delegate": "yes",
         "OOMPolicy": "continue",
         "Restart": "always",
         "RestartSec": "2",
@@ -1337,3 +1338,40 @@ def test_uninstall_ends_the_service_and_gives_its_port_back(machine):
     os.unlink(machine.path("/" + TIMER))
     managed.install("--uninstall", "--dispatcher")
     assert managed.told() == ["disable --now ctrl-exec-maintain.service", "daemon-reload"]
+
+
+# --- going back -----------------------------------------------------------------------------------------
+
+
+def give_version(path, version):
+    """Make an installed program one of another release."""
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(re.sub(r'(?m)^__version__ = ".*"$', '__version__ = "%s"' % version, text))
+
+
+@pytest.mark.parametrize("path", ["ca.next.crt", "ca.next.key", "dispatcher.next.crt"])
+def test_going_back_is_refused_while_certificates_are_being_replaced(tmp_path, path):
+    succeed(tmp_path, "--dispatcher")
+    program = str(tmp_path / "usr/local/lib/ctrl-exec/ctrl_exec.py")
+    give_version(program, "99.0.10")
+    waiting = tmp_path / "etc/ctrl-exec" / path
+    waiting.write_text("")
+    before = snapshot(tmp_path)
+    done = install(tmp_path, "--dispatcher")
+    assert done.returncode == 1 and "/etc/ctrl-exec/%s is there" % path in done.stderr
+    assert "99.0.10" in done.stderr and "ced retire-ca" in done.stderr
+    assert snapshot(tmp_path) == before
+    waiting.unlink()
+    done = succeed(tmp_path, "--dispatcher")
+    assert "going back from 99.0.10 to %s" % ctrl_exec.__version__ in done.stdout
+    assert ctrl_exec.__version__ in read(tmp_path, "usr/local/lib/ctrl-exec/ctrl_exec.py")
+
+
+@pytest.mark.parametrize("version", ["0.9.9", "1.0.0", ctrl_exec.__version__])
+def test_going_on_is_always_possible(tmp_path, version):
+    succeed(tmp_path, "--dispatcher")
+    give_version(str(tmp_path / "usr/local/lib/ctrl-exec/ctrl_exec.py"), version)
+    (tmp_path / "etc/ctrl-exec/ca.next.crt").write_text("")
+    assert "going back" not in succeed(tmp_path, "--dispatcher").stdout
