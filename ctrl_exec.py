@@ -703,7 +703,7 @@ def read_file(path: str, limit: int = MAX_STATE_FILE) -> bytes:
 def read_text(path: str, limit: int = MAX_STATE_FILE) -> str:
     """`read_file` as UTF-8. Raises StorageError when it is not."""
     try:
-        return read_file(path, limit).decode("utf-8")
+        return read_file(path, limit).decode("utf-8-sig")  # an editor of another system may begin with a mark
     except UnicodeDecodeError as error:
         raise StorageError("%s: not UTF-8 at byte %d" % (path, error.start)) from error
 
@@ -732,8 +732,20 @@ def _sync_directory(directory: str) -> None:
         os.close(descriptor)
 
 
+def find_written(path: str) -> str:
+    """The file to write when `path` is: where it leads to, if it is a symlink of root's or ours. To replace
+    the link would leave others with the old file. Raises StorageError for somebody else's link: it could lead
+    us to any file."""
+    if not os.path.islink(path):
+        return path
+    if os.lstat(path).st_uid not in (0, os.geteuid()):
+        raise StorageError("%s is a symlink that somebody else has made" % path, "see who, and remove it")
+    return os.path.realpath(path)
+
+
 def rename_durably(source: str, target: str) -> None:
-    """Rename a file, so that it stays renamed when the power fails. Raises OSError."""
+    """Rename a file, so that it stays renamed when the power fails. Raises OSError, StorageError."""
+    target = find_written(target)
     os.rename(source, target)
     _sync_directory(os.path.dirname(target) or ".")
 
@@ -751,6 +763,7 @@ def write_atomic(
     The mode is right before the first byte is written. With `replace` off, an existing file is kept and
     FileExistsError raised. Raises StorageError for everything the disk or the rights refuse.
     """
+    path = find_written(path) if replace else path
     directory = os.path.dirname(path) or "."
     temporary = os.path.join(directory, ".tmp-" + new_id())
     try:
@@ -829,6 +842,23 @@ def _command(words: str, path: str) -> str:
     return "%s %s" % (words, shlex.quote(path))
 
 
+def _acl_grants_write(path: str) -> bool:
+    """Whether a file's POSIX ACL lets anybody but its owner write to it (acl(5); the format is that of
+    posix_acl_xattr.h). What `ls` shows as the group's mode is then the mask, and not what the group may."""
+    try:
+        acl = os.getxattr(path, "system.posix_acl_access", follow_symlinks=False)
+    except OSError:  # it has none, or its file system knows none
+        return False
+    entries = [acl[at : at + 8] for at in range(4, len(acl) - 7, 8)]  # after the version: tag, rights, id
+    rights = {}
+    for entry in entries:
+        tag = int.from_bytes(entry[:2], "little")
+        rights[tag] = rights.get(tag, 0) | int.from_bytes(entry[2:4], "little")
+    user, group_owner, group, mask, other, write = 0x02, 0x04, 0x08, 0x10, 0x20, 2
+    masked = rights.get(user, 0) | rights.get(group_owner, 0) | rights.get(group, 0)
+    return bool((masked & rights.get(mask, 7) | rights.get(other, 0)) & write)
+
+
 def _check_part(part: str, service: Optional[Owner] = None) -> int:
     """Check one component of a path; returns its mode. What is a service's, its user and group may change."""
     status = os.lstat(part)
@@ -842,6 +872,9 @@ def _check_part(part: str, service: Optional[Owner] = None) -> int:
     sticky = stat.S_ISDIR(status.st_mode) and mode & stat.S_ISVTX
     if stat.S_ISLNK(status.st_mode):
         mode = 0  # a symlink's own mode means nothing
+    elif not sticky and _acl_grants_write(part):
+        message = "%s is writable by others than its owner (by its ACL: getfacl)" % part
+        raise ScriptRefused(message, _command("setfacl -b", part))
     if mode & 0o002 and not sticky:
         raise ScriptRefused(
             "%s is writable by everybody (mode %04o)" % (part, mode), _command("chmod o-w", part)
@@ -865,8 +898,10 @@ def check_modes(path: str, service: Optional[Owner] = None) -> None:
     _check_part(part)
     while rest:
         name = rest.pop(0)
+        if name == ".":
+            continue  # not a part of the path: a later `..` would take away this one only
         part = os.path.dirname(part) if name == ".." else os.path.join(part, name)
-        if name in (".", "..") or not stat.S_ISLNK(_check_part(part, service)):
+        if name == ".." or not stat.S_ISLNK(_check_part(part, service)):
             continue
         hops += 1
         if hops > 40:
@@ -1432,14 +1467,42 @@ def _list_children(pid: int) -> list:
     return found
 
 
+def _find_descendants(pid: int) -> Iterator[int]:
+    waiting = _list_children(pid)
+    while waiting:
+        child = waiting.pop()
+        yield child
+        waiting += _list_children(child)
+
+
 def list_descendants(pid: int) -> list:
     """All processes that run now below another one, and those that it has adopted (see `adopt_orphans`)."""
-    found, waiting = [], [pid]
-    while waiting:
-        children = _list_children(waiting.pop())
-        found += children
-        waiting += children
-    return [process for process in map(find_process, found) if process is not None]
+    return [process for process in map(find_process, _find_descendants(pid)) if process is not None]
+
+
+def kill_descendants() -> None:
+    """Kill every process below us, again and again until there is none: a script may fork as it dies. Gives
+    up on what does not die of it (in the kernel's hands) after a while."""
+    seen: set = set()
+    patience, limit = Deadline(KILL_GRACE_SECONDS), Deadline(60)
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, -20)  # for what is left of our life: to be faster than they are
+    except OSError:  # not root
+        pass
+    while not patience.is_over() and not limit.is_over():
+        found = set()
+        for pid in _find_descendants(os.getpid()):  # each at once, without a look at it
+            found.add(pid)
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except OSError:
+                pass
+        list(reap_children())
+        if not found:
+            return
+        if found - seen:
+            patience = Deadline(KILL_GRACE_SECONDS)
+        seen |= found
 
 
 # --- helper programs ------------------------------------------------------------------------------------
@@ -1639,6 +1702,14 @@ class Setting(NamedTuple):
     default: str  # as it would be written in the file; an absolute path moves with --root
     help: str
     older: str = ""  # the name an earlier release used, still accepted
+
+
+# What keeps somebody out. That one of these is not in force for a misspelling is worse than a stop.
+GUARDS = frozenset((
+    "allowed_ips", "api_auth_default", "auth_hook", "pairing_rate_limit_disable", "pairing_rate_limit_volume",
+    "rate_limit_disable", "rate_limit_probe", "rate_limit_volume", "revoked_serials", "script_dirs",
+    "strict_modes", "trusted_dispatchers_path",
+))  # fmt: skip
 
 
 SETTINGS = (
@@ -1877,12 +1948,42 @@ def parse_lines(text: str, path: str) -> Iterator[ConfigLine]:
         yield ConfigLine(number, section, key.strip(), value.strip())
 
 
-def suggest(word: str, known: Iterable) -> str:
-    """`; did you mean X?` with the nearest known words, or nothing."""
+def find_nearest(word: str, known: Iterable, most: int = 3, cutoff: float = 0.6) -> list:
+    """The known words that look like this one, the nearest first."""
     import difflib
 
-    near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
+    return difflib.get_close_matches(word, list(known), n=most, cutoff=cutoff)
+
+
+def suggest(word: str, known: Iterable) -> str:
+    """`; did you mean X?` with the nearest known words, or nothing."""
+    near = find_nearest(word, known)
     return "; did you mean %s?" % " or ".join(near) if near else ""
+
+
+def _rows_of(role: str) -> dict:
+    """A role's settings by their keys and the names that they had."""
+    rows = {row.key: row for row in SETTINGS if row.role == role}
+    rows.update({row.older: row for row in rows.values() if row.older})
+    return rows
+
+
+def _check_home(role: str, key: str, where: str) -> None:
+    """Raise ConfigError for a key that would be in force elsewhere, or that is a guard's but for its
+    spelling: who wrote it relies on it."""
+    homes = {
+        "agent": "above all sections of agent.conf",
+        "profile": "in a section [profile NAME] of agent.conf",
+    }
+    homes["dispatcher"] = "in ctrl-exec.conf"
+    for home, place in homes.items():
+        is_near = home in ("agent", "profile") and role in ("agent", "profile", "tags")
+        if home != role and key in _rows_of(home) and (is_near or key in GUARDS):
+            raise ConfigError("%s: unknown key `%s` here: it belongs %s" % (where, key, place))
+    spelt = key.lower().replace("-", "_")
+    near = find_nearest(spelt, _rows_of(role), 1, 0.7) if role != "tags" else []
+    if near and _rows_of(role)[near[0]].key in GUARDS:
+        raise ConfigError("%s: unknown key `%s`; did you mean %s?" % (where, one_line(key), near[0]))
 
 
 class _ConfigReader:
@@ -1910,6 +2011,7 @@ class _ConfigReader:
             if line.key and not TAG_NAME.fullmatch(line.key):
                 raise ConfigError("%s: `%s` is not a tag name" % (where, one_line(line.key)))
             if line.key:
+                _check_home("tags", line.key, where)
                 self.tags[line.key] = line.value
         elif self._role == "agent" and kind == "profile":
             if not PROFILE_NAME.fullmatch(name):
@@ -1921,10 +2023,10 @@ class _ConfigReader:
             raise ConfigError("%s: unknown section [%s]" % (where, one_line(line.section)))
 
     def _take_setting(self, role: str, line: ConfigLine, where: str, into: dict) -> None:
-        rows = {row.key: row for row in SETTINGS if row.role == role}
-        rows.update({row.older: row for row in rows.values() if row.older})
+        rows = _rows_of(role)
         row = rows.get(line.key)
         if row is None:
+            _check_home(role, line.key, where)
             message = "%s: unknown key `%s`%s" % (where, one_line(line.key), suggest(line.key, rows))
             if role == "profile":  # a limit that is silently not applied is worse than a stop
                 raise ConfigError(message)
@@ -2671,6 +2773,9 @@ def load_revoked(path: str) -> frozenset:
     try:
         lines = read_text(path).splitlines()
     except FileNotFoundError:
+        if os.path.islink(path):
+            message = "the revocation list cannot be used: %s leads to a file that is not there"
+            raise TrustError(message % path, "put it back, or remove the link") from None
         return frozenset()
     except StorageError as error:
         raise TrustError("the revocation list cannot be used: %s" % error.message, error.hint) from error
@@ -2722,6 +2827,9 @@ def load_trust_map(path: str, older: str = "") -> dict:
     try:
         lines = read_text(path).splitlines()
     except FileNotFoundError:
+        if os.path.islink(path):
+            message = "the trusted-dispatchers map cannot be used: %s leads to a file that is not there"
+            raise TrustError(message % path, "put it back, or remove the link") from None
         return _load_older_serial(older) if older else {}
     except StorageError as error:
         raise TrustError(
@@ -5693,12 +5801,12 @@ def _kill_run(record: RunRecord, cgroup: str = "") -> None:
     while not deadline.is_over():
         if cgroup:
             kill_cgroup(cgroup)
-        quick = list_descendants(record.supervisor) if record.supervisor == os.getpid() else []
-        left = quick or find_run_processes(record)
+        if record.supervisor == os.getpid():
+            kill_descendants()
+        left = find_run_processes(record)
         if not left:
             return
         send_signal(signal.SIGKILL, left)
-        list(reap_children())
 
 
 def _end_run(record: RunRecord) -> None:
@@ -7887,11 +7995,20 @@ def find_agent(directory: str, name: str) -> Optional[Agent]:
         return None
 
 
+def is_same_host_name(one: str, other: str) -> bool:
+    """Whether two names are those of one host: but for their case, a final dot, or a domain that only one of
+    them has."""
+    one, other = one.rstrip(".").lower(), other.rstrip(".").lower()
+    return one == other or ("." in one) != ("." in other) and one.partition(".")[0] == other.partition(".")[0]
+
+
 def get_agent(directory: str, name: str, is_terse: bool = False) -> Agent:
     """One agent. Raises UnknownHost, with the nearest names unless `is_terse`."""
     agent = find_agent(directory, name) if HOST_NAME.fullmatch(name) else None
     if agent is None:
-        near = "" if is_terse else suggest(name, list_agent_names(directory))
+        names = [] if is_terse else list_agent_names(directory)
+        same = [known for known in names if is_same_host_name(known, name)]
+        near = "; did you mean %s?" % " or ".join(same[:3]) if same else suggest(name, names)
         raise UnknownHost("unknown host: %s%s" % (one_line(name[:300]), near))
     return agent
 
@@ -7977,24 +8094,21 @@ def remove_agent(directory: str, name: str) -> None:
 
 def check_ip_address(text: str) -> None:
     """Raise UsageError for what an operator gave as an address and is none; nothing given is fine."""
-    try:
-        if len(parse_addresses(text)) > 1:
-            raise ValueError("more than one")
-    except ValueError:
-        raise UsageError("%s is not an IP address" % one_line(text[:80])) from None
+    if text and not is_ip_address(text):
+        raise UsageError("`%s` is not an IP address" % one_line(text[:80]))
 
 
 def check_free_name(directory: str, name: str, renamed: str = "") -> None:
-    """Raise TrustError when a name is taken, in upper or lower case, by a host or by a certificate: a host
-    that was renamed still proves itself by the name in its certificate. `renamed` is the host that asks."""
+    """Raise TrustError when a name is taken, in whatever spelling, by a host or by a certificate: a host that
+    was renamed still proves itself by the name in its certificate. `renamed` is the host that asks."""
     hint = "choose another name"
     if not renamed:
         hint += ", or give its place to the new one: ced approve ID --replace"
     for known in list_agent_names(directory):
-        if known != renamed and known.lower() == name.lower():
+        if known != renamed and is_same_host_name(known, name):
             raise TrustError("%s is paired already" % known, hint)
     for agent in load_agents(directory)[0]:
-        if agent.name != renamed and agent.cert_name.lower() == name.lower():
+        if agent.name != renamed and is_same_host_name(agent.cert_name, name):
             raise TrustError("the certificate of %s is for the name %s" % (agent.name, agent.cert_name))
 
 
@@ -8044,14 +8158,20 @@ class Selection(NamedTuple):
 
     words: tuple
     everything: bool = False
-    tags: dict = {}
+    tags: tuple = ()  # of (name, value): a host must have all of them
     port: int = 0  # instead of the registered one
 
 
 def _match_word(word: str, names: list, get: Callable) -> Iterator[Agent]:
+    if is_ip_address(word.strip("[]")):
+        message = "%s is an address, and hosts are named as they are registered" % one_line(word)
+        raise UnknownHost(message, "see: ced list-agents")
     name, colon, port = word.partition(":")
     for expanded in expand_ranges(name):
-        if any(mark in expanded for mark in "*?["):
+        if "[" in expanded or "]" in expanded:
+            shown = one_line(word[:80])
+            raise UsageError("`%s` has a bracket that is no range such as [01-20] or [1,3,7-9]" % shown)
+        if "*" in expanded or "?" in expanded:
             import fnmatch
 
             matching = [known for known in names if fnmatch.fnmatchcase(known, expanded)]
@@ -8067,8 +8187,8 @@ def _match_word(word: str, names: list, get: Callable) -> Iterator[Agent]:
                 raise UsageError("%s: the port must be %s" % (one_line(word), error)) from None
 
 
-def _has_tags(agent: Agent, tags: dict) -> bool:
-    return all(str(agent.tags.get(key)) == value for key, value in tags.items())
+def has_tags(agent: Agent, tags: tuple) -> bool:
+    return all(key in agent.tags and str(agent.tags[key]) == value for key, value in tags)
 
 
 def select_agents(directory: str, selection: Selection, is_terse: bool = False) -> tuple:
@@ -8089,14 +8209,14 @@ def select_agents(directory: str, selection: Selection, is_terse: bool = False) 
         chosen = {agent.name: agent for agent in agents}
     else:
         words = dict.fromkeys(selection.words)
-        patterns = [word for word in words if any(mark in word for mark in "*?[")]
+        patterns = [word for word in words if "*" in word or "?" in word]
         if len(patterns) > MAX_PATTERNS:
-            raise UsageError("more than %d words with *, ? or [" % MAX_PATTERNS)
+            raise UsageError("more than %d words with * or ?" % MAX_PATTERNS)
         names = list_agent_names(directory) if patterns else []
         for word in words:
             for agent in _match_word(word, names, get):
                 chosen.setdefault(agent.name, agent)
-    agents = [agent for agent in chosen.values() if _has_tags(agent, selection.tags)]
+    agents = [agent for agent in chosen.values() if has_tags(agent, selection.tags)]
     if not agents:
         hint = "ced discovery learns the tags of hosts" if selection.tags else "see: ced list-agents"
         raise UnknownHost("no host is selected", hint)
@@ -8132,6 +8252,7 @@ class RequestRecord(NamedTuple):
     started: str  # ISO 8601
     hosts: dict  # name to Outcome
     finished: str = ""
+    began: str = ""  # `started` in seconds since the epoch, to the microsecond; not in older records
 
 
 def _run_path(directory: str, reqid: str) -> str:
@@ -8153,6 +8274,7 @@ _RUN_FORMS = {  # of the fields of a request's record, which the HTTP API's user
     "mode": re.compile("sync|async|stream"),
     "started": re.compile("[0-9TZ:-]{20}"),
     "finished": re.compile("|[0-9TZ:-]{20}"),
+    "began": re.compile("|[0-9]{1,12}[.][0-9]{6}"),
 }
 
 
@@ -8208,7 +8330,9 @@ def list_request_records(directory: str) -> tuple:
             pass
         except StorageError as error:
             problems.append(error.message)
-    return sorted(records, key=lambda record: (record.started, record.reqid), reverse=True), problems
+    return sorted(
+        records, key=lambda record: (record.started, record.began, record.reqid), reverse=True
+    ), problems
 
 
 def sweep_requests(directory: str, retention: float) -> None:
@@ -8417,11 +8541,8 @@ def _check_offer(fields: dict, commit: str) -> None:
         raise BadRequest("field `lookup_by` must be ip or hostname", "lookup_by")
     if not re.fullmatch(r"[A-Za-z0-9.+-]*", fields["version"]):
         raise BadRequest("field `version` is malformed", "version")
-    if fields["ip"]:
-        try:
-            parse_addresses(fields["ip"])
-        except ValueError:
-            raise BadRequest("field `ip` is not an IP address", "ip") from None
+    if fields["ip"] and not is_ip_address(fields["ip"]):
+        raise BadRequest("field `ip` is not an IP address", "ip")
 
 
 class PairingFront:
@@ -9964,9 +10085,10 @@ class Dispatcher:
         raise_descriptor_limit()  # a lock and a connection for each host
         names = [agent.name for agent in agents]
         with HostLocks(self._config.lock_dir, names, request.script, request.reqid):
+            moment = now()
             record = RequestRecord(
                 request.reqid, request.script, request.mode, request.username, request.source_ip,
-                iso_time(now()), dict.fromkeys(names, Outcome()),
+                iso_time(moment), dict.fromkeys(names, Outcome()), began="%.6f" % moment,
             )  # fmt: skip
             save_request(self._config.runs_dir, record)
             facts = {"HOSTS": len(agents), "USERNAME": request.username}
@@ -12282,23 +12404,21 @@ def cmd_setup_ctrl_exec(args: Any, config: Config) -> int:
     return 0
 
 
-def _parse_tags(texts: Optional[list]) -> dict:
-    tags = {}
+def _parse_tags(texts: Optional[list]) -> tuple:
+    tags = []
     for text in texts or []:
         for part in text.split(","):
             key, equals, value = part.partition("=")
             if not equals or not TAG_NAME.fullmatch(key):
                 raise UsageError("`%s` is not a tag: expected KEY=VALUE" % one_line(part))
-            tags[key] = value
-    return tags
+            tags.append((key, value))
+    return tuple(tags)
 
 
 def cmd_list_agents(args: Any, config: Config) -> int:
     agents, problems = load_agents(config.registry_dir)
     tags = _parse_tags(args.tags)
-    agents = [
-        agent for agent in agents if all(str(agent.tags.get(key)) == value for key, value in tags.items())
-    ]
+    agents = [agent for agent in agents if has_tags(agent, tags)]
     for problem in problems:
         warn("ced: " + problem)
     if args.json:
@@ -13214,11 +13334,23 @@ def _must_ask(args: Any, token: str) -> bool:
     return False
 
 
+def _split_address(text: str) -> tuple:
+    """`HOST`, `HOST:PORT`, `::1` and `[::1]:PORT` as (host, port or nothing). Raises UsageError."""
+    hit = re.fullmatch(r"\[([^\[\]]+)\](?::(.*))?", text)
+    host, _, port = text.partition(":") if text.count(":") == 1 else (text, "", "")
+    if hit:
+        host, port = hit[1], hit[2] or ""
+    if text.endswith(":") and not is_ip_address(text):
+        host = ""  # the port was forgotten
+    if not (is_ip_address(host) or HOST_NAME.fullmatch(host)):
+        shown = one_line(text[:80])
+        raise UsageError("`%s` is no host: a name or an address, and :PORT, is expected" % shown)
+    return host, port
+
+
 def cmd_request_pairing(args: Any, config: Config) -> int:
-    host, _, port = (
-        args.dispatcher.partition(":") if args.dispatcher.count(":") == 1 else (args.dispatcher, "", "")
-    )
-    token = os.environ.get("CTRL_EXEC_PAIRING_TOKEN", "")
+    host, port = _split_address(args.dispatcher)
+    token = as_given(os.environ.get("CTRL_EXEC_PAIRING_TOKEN", ""))
     if args.token:
         warn("cea: everybody on this host can see a token on the command line; use CTRL_EXEC_PAIRING_TOKEN")
         token = args.token
@@ -13230,7 +13362,7 @@ def cmd_request_pairing(args: Any, config: Config) -> int:
     if token and not re.fullmatch(r"[0-9a-f]{8}\.[a-z2-7]{32}", token):
         raise UsageError("that is not a pairing token", "ced pairing-token prints one")
     try:
-        parse_addresses(args.ip or "")
+        check_ip_address(args.ip or "")
         wish = PairingWish(
             dispatcher=host,
             port=parse_port(port) if port else args.port,

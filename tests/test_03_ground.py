@@ -260,12 +260,29 @@ def test_a_new_mode_replaces_the_old_one(tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_a_symlink_in_the_place_of_a_file_is_replaced_and_not_followed(tmp_path):
+def test_a_symlink_of_ours_is_written_through_and_never_replaced(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "real").write_text("old")
+    (tmp_path / "file").symlink_to("elsewhere/real")
+    (tmp_path / "dangling").symlink_to("elsewhere/none")
+    for link, real in (("file", "real"), ("dangling", "none")):
+        write_atomic(str(tmp_path / link), b"new", durable=True)
+        assert (tmp_path / link).is_symlink() and (tmp_path / "elsewhere" / real).read_text() == "new"
+    with pytest.raises(FileExistsError):
+        write_atomic(str(tmp_path / "file"), b"newer", replace=False)
+    (tmp_path / "next").write_text("renamed")
+    ctrl_exec.rename_durably(str(tmp_path / "next"), str(tmp_path / "file"))
+    assert (tmp_path / "file").is_symlink() and (tmp_path / "elsewhere" / "real").read_text() == "renamed"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a link of another user")
+def test_a_symlink_of_another_user_is_neither_followed_nor_replaced(tmp_path):
     (tmp_path / "victim").write_text("mine")
     (tmp_path / "file").symlink_to(tmp_path / "victim")
-    write_atomic(str(tmp_path / "file"), b"new")
-    assert (tmp_path / "victim").read_text() == "mine"
-    assert not (tmp_path / "file").is_symlink()
+    os.lchown(str(tmp_path / "file"), 65534, 65534)
+    with pytest.raises(StorageError, match="a symlink that somebody else has made"):
+        write_atomic(str(tmp_path / "file"), b"new")
+    assert (tmp_path / "victim").read_text() == "mine" and (tmp_path / "file").is_symlink()
 
 
 def test_without_replace_an_existing_file_is_kept(tmp_path):

@@ -300,7 +300,7 @@ def test_a_file_that_was_named_must_be_there_and_be_a_file(tmp_path):
     [
         ("dispatcher", "prot", "port"),
         ("agent", "max_conections", "max_connections"),
-        ("agent", "strictmodes", "strict_modes"),
+        ("agent", "max_outputs", "max_output"),
     ],
 )
 def test_an_unknown_key_warns_with_the_nearest_known_one(role, word, near, load):
@@ -348,12 +348,12 @@ def test_tags_are_text_by_name(load):
 
 
 def test_profiles_have_their_own_keys(load):
-    text = "[profile a]\ntimeout = 5\nrun_as = nobody\n[ profile   b ]\nmemory = 1G\n[tags]\nport = 5\n"
+    text = "[profile a]\ntimeout = 5\nrun_as = nobody\n[ profile   b ]\nmemory = 1G\n[tags]\nsite = 5\n"
     config = load("agent", text)
     assert config.profiles["a"] == {**DEFAULTS["profile"], "timeout": 5, "run_as": "nobody"}
     assert config.profiles["b"] == {**DEFAULTS["profile"], "memory": 1024**3}
     assert config.port == 7443
-    assert config.tags == {"port": "5"}
+    assert config.tags == {"site": "5"}
 
 
 def test_an_unknown_key_in_a_profile_is_an_error(load):

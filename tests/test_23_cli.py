@@ -426,7 +426,7 @@ def test_hosts_come_from_patterns_ranges_files_and_standard_input(site, tmp_path
     listing = tmp_path / "hosts"
     listing.write_text("# the lot\none two # both\n")
     for words, given in (
-        (("[ot]*",), None),
+        (("o*", "t*"), None),
         (("-f", str(listing)), None),
         (("-",), b"one\ntwo\n"),
         (("one", "two", "one", "t*"), None),

@@ -554,8 +554,7 @@ def test_a_hangup_of_all_its_processes_reloads_and_ends_nothing(fresh, tmp_path)
     tree = lambda: [own, *ctrl_exec.list_descendants(own.pid)]  # noqa: E731
     titles = {"cea: executor", "cea: front", "cea: supervisor", "cea: script"}
     wait_until(lambda: titles <= {one.name for one in tree()}, what="all kinds of processes")
-    for process in tree():
-        os.kill(process.pid, signal.SIGHUP)
+    ctrl_exec.send_signal(signal.SIGHUP, tree())
     wait_until(lambda: len(solo.events("reload")) == 2, what="the reload")
     gate.touch()
     status, shown = deployment.control.json("wait", reqid)

@@ -178,8 +178,9 @@ def test_an_interrupt_in_the_middle_cleans_up(tmp_path, number, moment):
 
 def in_namespace(shell, cwd="/"):
     """The demo in a mount namespace of its own, after some shell."""
-    argv = ["unshare", "--mount", "sh", "-ec", shell + '\ncd %s\nexec "$@"' % cwd, "sh"]
-    argv += [sys.executable, "-I", PROGRAM, "demo"]
+    copy = "mount -t tmpfs none /srv\ncp %s /srv\n" % shlex.quote(PROGRAM)  # which may lie in /tmp
+    argv = ["unshare", "--mount", "sh", "-ec", copy + shell + '\ncd %s\nexec "$@"' % cwd, "sh"]
+    argv += [sys.executable, "-I", "/srv/" + os.path.basename(PROGRAM), "demo"]
     env = {"PATH": ctrl_exec.SAFE_PATH, "LC_ALL": "C", "HOME": "/mnt"}
     return subprocess.run(argv, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
 
