@@ -84,6 +84,7 @@ ROOT_LOG = "/var/log/ctrl-exec.log"  # events, when --root moves every path
 
 DISPATCHER_USER = "ctrl-exec"  # what faces the network on the control host becomes this user
 AGENT_USER = "ctrl-exec-agent"  # ... and on a managed host this one
+SCRIPT_USER = "ctrl-exec-script"  # what a script runs as under root's agent, unless its profile says run_as
 
 # What programs and scripts find as PATH: fixed, so that the caller's own PATH decides nothing.
 SAFE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -111,6 +112,7 @@ LOW_DISK_BYTES = 32 * 2**20  # one run may write 20 MiB; a check warns of less
 LOW_DISK_INODES = 200  # a run takes three
 MAX_SUPERVISORS = 512  # runs at once on one agent; a front that runs wild costs this many processes, no more
 MAX_TAGS = 64  # of one host
+MAX_OFFERS = 5000  # scripts of one host; their sidecars have a bound of their own
 MAX_PLACE = 200_000  # files of one directory that a check looks at; a day's runs of a busy agent are 100,000
 MAX_FAULTS = 10  # of one directory that a check names: a screen of them says what is wrong
 MAX_ADDRESSES = 64  # of dispatchers that an agent remembers
@@ -663,6 +665,21 @@ def check_user_change(user: str) -> None:
         message = "root cannot become the user %s here: %s" % (user, os.strerror(status))
         hint = "give it CAP_SETUID and CAP_SETGID, and a mapping of users; or start it as an ordinary user"
         raise ConfigError(message, hint)
+
+
+def may_execute(user: str, path: str) -> bool:
+    """Whether a service user may execute a file, by trying in a child that becomes that user; when we are not
+    root, whether we may."""
+    if os.geteuid() != 0 or find_user(user) is None:
+        return os.access(path, os.X_OK)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            become_user(user)
+            os._exit(0 if os.access(path, os.X_OK) else 1)
+        finally:
+            os._exit(1)
+    return os.waitpid(pid, 0)[1] == 0
 
 
 def find_disk_fault(path: str) -> str:
@@ -1654,6 +1671,12 @@ def parse_api_default(text: str) -> str:
     return text
 
 
+def parse_api_hook(text: str) -> str:
+    if text not in ("both", "operation"):
+        raise ValueError("both or operation")
+    return text
+
+
 def parse_dispatcher_id(text: str) -> str:
     if text and not HOST_NAME.fullmatch(text):
         raise ValueError("a name of letters, digits, dots, underscores and hyphens")
@@ -1797,6 +1820,13 @@ SETTINGS = (
     ),
     Setting(
         "dispatcher",
+        "api_hook",
+        parse_api_hook,
+        "both",
+        "what the hook is asked for a request to the HTTP API: both (`api`, then the operation) or operation",
+    ),
+    Setting(
+        "dispatcher",
         "api_max_connections",
         parse_positive,
         "64",
@@ -1865,7 +1895,13 @@ SETTINGS = (
         "agent", "max_output", parse_size, "10M", "bytes kept of each output stream; the rest is counted"
     ),
     Setting("agent", "script_timeout", parse_count, "0", "seconds a script may run (0: no limit)"),
-    Setting("profile", "run_as", parse_text, "", "USER or USER:GROUP the script runs as"),
+    Setting(
+        "profile",
+        "run_as",
+        parse_text,
+        "",
+        "USER or USER:GROUP the script runs as (empty: ctrl-exec-script, when root starts the agent)",
+    ),
     Setting(
         "profile", "caps", parse_text, "", "capabilities to keep (not built yet: such a script is refused)"
     ),
@@ -1957,7 +1993,8 @@ def find_nearest(word: str, known: Iterable, most: int = 3, cutoff: float = 0.6)
 
 def suggest(word: str, known: Iterable) -> str:
     """`; did you mean X?` with the nearest known words, or nothing."""
-    near = find_nearest(word, known)
+    words = list(known)
+    near = find_nearest(word, words) or [one for one in words if len(word) > 2 and one.startswith(word)][:3]
     return "; did you mean %s?" % " or ".join(near) if near else ""
 
 
@@ -4597,15 +4634,26 @@ class HookContext(NamedTuple):
     dispatcher_serial: str = ""
     submitter: str = ""  # of the run that a status request asks about
     submitter_ip: str = ""
+    via: str = "cli"  # which face is asked: cli, api or agent
+    operation: str = ""  # what exactly is asked, where `action` keeps the words that older hooks know
+
+
+# The kernel refuses a variable of 128 KiB and more (MAX_ARG_STRLEN of execve(2)), and more than a quarter of
+# the stack's limit of all together.
+MAX_HOOK_VARIABLE = 64 * 1024
 
 
 def _hook_environment(context: HookContext, timestamp: str) -> dict:
+    """The context as variables. What is too long for one is left out and named in ENVEXEC_OMITTED: cut short,
+    it would say something else. It stands on stdin."""
     values = context._asdict()
     values["timestamp"] = timestamp
-    values["hosts"] = " ".join(context.hosts)
+    values["hosts"] = ",".join(context.hosts)
     values["args"] = " ".join(context.args)
     values["args_json"] = json.dumps(context.args)
-    environment = {"ENVEXEC_" + name.upper(): value for name, value in values.items()}
+    omitted = [name for name, value in values.items() if len(os.fsencode(value)) > MAX_HOOK_VARIABLE]
+    values["omitted"] = ",".join("ENVEXEC_" + name.upper() for name in omitted)
+    environment = {"ENVEXEC_" + name.upper(): values[name] for name in values if name not in omitted}
     environment["PATH"] = SAFE_PATH
     return environment
 
@@ -4629,10 +4677,16 @@ class Hook(NamedTuple):
     path: str
     timeout: int
     deny_generic: bool = False
+    is_configured: bool = True  # or it lies in the default place
+
+    def origin(self) -> str:
+        """Why it is asked, in words."""
+        return "auth_hook names it" if self.is_configured else "it lies there, and no auth_hook is set"
 
     def decide(self, context: HookContext) -> None:
         """Return when the hook exits 0; raise Denied in every other case."""
         timestamp = iso_time(now())
+        context = context._replace(operation=context.operation or context.action)
         try:
             _check_hook(self.path)
             done = run_program(
@@ -4656,26 +4710,29 @@ class Hook(NamedTuple):
     def _event_fields(self, context: HookContext) -> dict:
         return {
             "REQID": context.reqid,
-            "FOR": context.action,
+            "FOR": context.operation,
             "SCRIPT": context.script,
             "USERNAME": context.username,
         }
 
     def _deny(self, context: HookContext, result: str, reason: str, code: int) -> None:
-        LOG.event("auth", RESULT=result, REASON=reason, CODE=code, **self._event_fields(context))
+        facts = dict(self._event_fields(context), HOOK=self.path, BECAUSE=self.origin())
+        LOG.event("auth", RESULT=result, REASON=reason, CODE=code, **facts)
         if self.deny_generic:
             raise Denied("not authorised", 1)
         raise Denied("not authorised: %s" % reason, code)
 
 
-def check_hook(hook: Optional[Hook]) -> list:
-    """Whether the hook, if there is one, could be asked: Findings."""
+def check_hook(hook: Optional[Hook], user: str = "") -> list:
+    """Whether the hook, if there is one, could be asked, by a service user: Findings."""
     if hook is None:
         return []
-    what = "auth hook %s" % hook.path
+    what = "auth hook %s (%s)" % (hook.path, hook.origin())
     try:
         _check_hook(hook.path)
         check_runnable(hook.path)
+        if user and not may_execute(user, hook.path):
+            raise ValueError("the user %s, which asks it, may not execute it" % user)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         hint = "while it is so, everything is denied"
@@ -4687,7 +4744,7 @@ def find_hook(path: str, default: str, timeout: int, deny_generic: bool = False)
     """The hook a configuration names, which must then exist; or the one at the default place, if it does."""
     if path:
         return Hook(path, timeout, deny_generic)
-    return Hook(default, timeout, deny_generic) if os.path.lexists(default) else None
+    return Hook(default, timeout, deny_generic, False) if os.path.lexists(default) else None
 
 
 def _rate_key(address: str) -> str:
@@ -4966,13 +5023,23 @@ class Account(NamedTuple):
 
 
 def find_account(profile: Profile) -> Account:
-    """The account of a profile's `run_as`, or our own. Raises ScriptRefused when it cannot be had."""
+    """The account of a profile's `run_as`; without one our own, and SCRIPT_USER's when we are root: nothing
+    is root unless it says so. Raises ScriptRefused when it cannot be had."""
     import grp
     import pwd
 
     user, _, group = profile.run_as.partition(":")
     if profile.run_as and not user:
         raise ScriptRefused("profile %s: run_as names no user" % profile.name)
+    if not user and os.geteuid() == 0:
+        user = SCRIPT_USER
+        if find_user(user) is None:
+            message = (
+                "it has no run_as, and there is no user %s: write run_as = USER in [profile %s] of agent.conf"
+            )
+            raise ScriptRefused(
+                message % (user, profile.name or "default"), "install.sh --agent makes that user"
+            )
     try:
         entry = pwd.getpwnam(user) if user else pwd.getpwuid(os.geteuid())
         gid = grp.getgrnam(group).gr_gid if group else entry.pw_gid
@@ -4988,6 +5055,12 @@ def find_account(profile: Profile) -> Account:
         )
     groups = tuple(os.getgrouplist(entry.pw_name, gid))
     return Account(entry.pw_uid, gid, groups, entry.pw_name, entry.pw_dir, entry.pw_shell or "/bin/sh")
+
+
+def default_user(profiles: dict) -> str:
+    """What a script without a profile runs as, for people to read."""
+    own = SCRIPT_USER if os.geteuid() == 0 else "uid %d" % os.geteuid()
+    return profiles.get("default", {}).get("run_as") or own
 
 
 def check_profile(profile: Profile) -> Account:
@@ -6129,8 +6202,9 @@ def inspect_scripts(rules: JobRules) -> list:
     """The allowlist as `capabilities` shows it, each file as it is now."""
     shown = []
     for script in rules.scripts.values():
+        user = ""
         try:
-            check_profile(script.profile)
+            user = check_profile(script.profile).user
             executable = os.access(check_script(script, rules.script_dirs, rules.strict_modes), os.X_OK)
         except ScriptRefused:
             executable = False
@@ -6139,6 +6213,7 @@ def inspect_scripts(rules: JobRules) -> list:
             "path": script.path,
             "executable": executable,
             "profile": script.profile.name,
+            "user": user,
         }
         if script.schema is not None:
             entry.update(schema=script.schema, schema_version=script.schema_version)
@@ -7588,7 +7663,8 @@ class Front:
     def _ask_hook(self, caller: Caller, context: HookContext) -> None:
         hook = self._bundle.hook or find_agent_hook(self._bundle.config)  # one put there meanwhile counts
         if hook is not None:
-            hook.decide(context._replace(dispatcher=caller.dispatcher, dispatcher_serial=caller.serial))
+            who = {"dispatcher": caller.dispatcher, "dispatcher_serial": caller.serial}
+            hook.decide(context._replace(via="agent", **who))
 
     def _pass_on(self, job: JobRequest, peer: Peer) -> tuple:
         """Give a request to a new supervisor: (its event, its answer in pieces).
@@ -7673,8 +7749,10 @@ def serve_agent(config_path: str, root: str) -> int:
             opened = bundle.listening.sockets
             port = opened[0].getsockname()[1] if opened else bundle.config.port
             LOG.event(
-                "start", VERSION=__version__, PORT=port, HOST=bundle.host, SCRIPTS=len(bundle.rules.scripts)
-            )
+                "start", VERSION=__version__, PORT=port, HOST=bundle.host, SCRIPTS=len(bundle.rules.scripts),
+                SCRIPTS_RUN_AS=default_user(bundle.config.profiles),
+                HOOK=bundle.hook.path if bundle.hook else "none",
+            )  # fmt: skip
         return bundle
 
     def listen_again(bundle: Bundle) -> Listening:
@@ -7801,6 +7879,13 @@ def _check_trust(config: Config) -> list:
     return findings if clocks is None else findings[:-1] + clocks
 
 
+def _runs_as_root(script: Script) -> bool:
+    try:
+        return check_profile(script.profile).uid == 0
+    except ScriptRefused:  # it does not run
+        return False
+
+
 def _check_allowlist(config: Config) -> list:
     """What may run here, and the hook that is asked."""
     findings: list = []
@@ -7810,12 +7895,10 @@ def _check_allowlist(config: Config) -> list:
         findings += [Finding("WARN", warning, "mend it, or remove it") for warning in warnings]
         for script in rules.scripts.values():
             try_check(findings, "script %s" % script.name, lambda: _check_runnable(script, rules))
-            account = script.profile.run_as or ("root" if os.geteuid() == 0 else "")
-            if account == "root":
-                findings.append(
-                    Finding("WARN", "script %s runs as root" % script.name, "give it a profile with run_as")
-                )
-    return findings + check_hook(find_agent_hook(config))
+            if os.geteuid() == 0 and _runs_as_root(script):
+                what = "script %s runs as root, as profile %s says" % (script.name, script.profile.name)
+                findings.append(Finding("WARN", what, "give it another user if it can do with less"))
+    return findings + check_hook(find_agent_hook(config), AGENT_USER)
 
 
 def check_agent(config: Config) -> list:
@@ -8162,12 +8245,31 @@ class Selection(NamedTuple):
     port: int = 0  # instead of the registered one
 
 
-def _match_word(word: str, names: list, get: Callable) -> Iterator[Agent]:
+class _Budget:
+    """What the words of one request may cost together, before anybody has been asked whether it may."""
+
+    def __init__(self) -> None:
+        self._names = MAX_SELECTION
+        self._patterns = MAX_PATTERNS
+
+    def spend(self, names: int, patterns: int) -> None:
+        """Raises UsageError when it is used up."""
+        self._names -= names
+        self._patterns -= patterns
+        if self._names < 0:
+            raise UsageError("the words name more than %d hosts" % MAX_SELECTION)
+        if self._patterns < 0:
+            raise UsageError("the words have more than %d patterns with * or ?" % MAX_PATTERNS)
+
+
+def _match_word(word: str, names: list, get: Callable, budget: _Budget) -> Iterator[Agent]:
     if is_ip_address(word.strip("[]")):
         message = "%s is an address, and hosts are named as they are registered" % one_line(word)
         raise UnknownHost(message, "see: ced list-agents")
     name, colon, port = word.partition(":")
-    for expanded in expand_ranges(name):
+    expansions = expand_ranges(name)
+    budget.spend(len(expansions), len(expansions) if "*" in name or "?" in name else 0)
+    for expanded in expansions:
         if "[" in expanded or "]" in expanded:
             shown = one_line(word[:80])
             raise UsageError("`%s` has a bracket that is no range such as [01-20] or [1,3,7-9]" % shown)
@@ -8213,8 +8315,9 @@ def select_agents(directory: str, selection: Selection, is_terse: bool = False) 
         if len(patterns) > MAX_PATTERNS:
             raise UsageError("more than %d words with * or ?" % MAX_PATTERNS)
         names = list_agent_names(directory) if patterns else []
+        budget = _Budget()
         for word in words:
-            for agent in _match_word(word, names, get):
+            for agent in _match_word(word, names, get, budget):
                 chosen.setdefault(agent.name, agent)
     agents = [agent for agent in chosen.values() if has_tags(agent, selection.tags)]
     if not agents:
@@ -8314,25 +8417,44 @@ def get_request(directory: str, reqid: str) -> RequestRecord:
         raise NotFound("No such request: %s" % reqid, "see: ced history") from None
 
 
-def list_request_records(directory: str) -> tuple:
-    """All requests that are remembered, the latest first, and a message for each file that cannot be used."""
+def _list_by_change(directory: str) -> list:
+    """(when it was changed, name) of every record of a request, the latest first. Raises StorageError."""
+    found = []
     try:
-        names = [name for name in os.listdir(directory) if name.endswith(".json") and name[0] != "."]
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                if entry.name.endswith(".json") and entry.name[0] != ".":
+                    try:
+                        found.append((entry.stat(follow_symlinks=False).st_mtime, entry.name))
+                    except OSError:  # swept meanwhile
+                        pass
     except FileNotFoundError:
-        return [], []
+        return []
     except OSError as error:
         raise StorageError("cannot read %s: %s" % (directory, error.strerror), "run this as root") from error
-    records, problems = [], []
-    for name in names:
+    return sorted(found, reverse=True)
+
+
+def list_request_records(directory: str, last: int = 0) -> tuple:
+    """The requests that are remembered, the latest first, and a message for each file that cannot be used.
+    With `last`, only so many, and only files that can be among them are read."""
+    records: list = []
+    problems = []
+    began: list = []  # of the `last` latest so far, the earliest first
+    for changed, name in _list_by_change(directory):
+        # a request has begun before its record was changed; two clocks may share the directory
+        if last and len(began) >= last and began[0] > changed + MAX_SKEW:
+            break
         try:
             records.append(_parse_run(read_json_file(os.path.join(directory, name)), name))
         except FileNotFoundError:  # swept meanwhile
-            pass
+            continue
         except StorageError as error:
             problems.append(error.message)
-    return sorted(
-        records, key=lambda record: (record.started, record.began, record.reqid), reverse=True
-    ), problems
+            continue
+        began = sorted([*began, parse_iso_time(records[-1].started)])[-last:] if last else []
+    records.sort(key=lambda record: (record.started, record.began, record.reqid), reverse=True)
+    return records[: last or None], problems
 
 
 def sweep_requests(directory: str, retention: float) -> None:
@@ -8716,54 +8838,83 @@ class PairingToken(NamedTuple):
     token_id: str
     secret: str
     expires: float
-    uses: int
+    uses: int  # that are left; one that is used up is kept for a day, for the log to say so
     name: str  # a host name or a pattern with *; empty: any
+    replace: bool = False  # it may take the place of a host of that name
 
 
-def new_token(directory: str, ttl: int, uses: int, name: str) -> str:
+def _token_path(directory: str, token_id: str) -> str:
+    return os.path.join(directory, token_id + ".json")
+
+
+def _write_token(directory: str, token: PairingToken) -> None:
+    path = _token_path(directory, token.token_id)
+    write_atomic(path, encode_state(token._asdict()), mode=0o600, durable=True)
+
+
+def _is_long_over(path: str) -> bool:
+    try:
+        return float(read_json_file(path)["expires"]) < now() - 86400
+    except (FileNotFoundError, StorageError, KeyError, TypeError, ValueError):
+        return False
+
+
+def new_token(directory: str, ttl: int, uses: int, name: str, replace: bool = False) -> str:
     """Make a token and return it: 8 hex digits to find it by, a dot, 160 bits in base 32."""
     import base64
 
     make_directory(directory, 0o700)
-    token = PairingToken(
-        new_id(4), base64.b32encode(os.urandom(20)).decode("ascii").lower(), now() + ttl, uses, name
-    )
-    path = os.path.join(directory, token.token_id + ".json")
-    write_atomic(path, encode_state(token._asdict()), mode=0o600, durable=True)
+    secret = base64.b32encode(os.urandom(20)).decode("ascii").lower()
+    token = PairingToken(new_id(4), secret, now() + ttl, uses, name, replace)
+    with FileLock(os.path.join(directory, ".lock")):
+        for entry in os.scandir(directory):
+            if entry.name.endswith(".json") and _is_long_over(entry.path):
+                os.unlink(entry.path)
+        _write_token(directory, token)
     return "%s.%s" % (token.token_id, token.secret)
 
 
-def use_token(directory: str, terms: PairingTerms, request: PairingRequest) -> str:
-    """Check a request's token, use it once, and return its secret. Raises PairingDenied.
+class _TokenRefused(Exception):
+    """Why a token is not accepted: for the log. Its agent learns only that it is not."""
 
-    Wrong, expired, used up and meant for another name are refused in the same words.
-    """
-    refused = PairingDenied("the pairing token is not accepted")
-    if not re.fullmatch(r"[0-9a-f]{8}", request.token_id) or not os.path.isdir(directory):
-        raise refused
-    path = os.path.join(directory, request.token_id + ".json")
+
+def _check_token(directory: str, terms: PairingTerms, request: PairingRequest) -> PairingToken:
+    """The token of a request, if it may be used for it. Raises _TokenRefused."""
+    import fnmatch
+
+    if not re.fullmatch(r"[0-9a-f]{8}", request.token_id):
+        raise _TokenRefused("malformed")
+    try:
+        token = PairingToken(**read_json_file(_token_path(directory, request.token_id)))
+    except FileNotFoundError:
+        raise _TokenRefused("unknown") from None
+    except (StorageError, TypeError) as error:
+        raise _TokenRefused("its file cannot be used: %s" % error) from None
+    proof = token_proof(token.secret, "agent", build_secrets(terms, request))
+    if not is_same_secret(proof, request.token_proof):  # first: only who knows it has it judged
+        raise _TokenRefused("wrong secret")
+    if token.expires < now():
+        raise _TokenRefused("expired")
+    if token.uses < 1:
+        raise _TokenRefused("used")
+    if token.name and not fnmatch.fnmatchcase(request.hostname, token.name):
+        raise _TokenRefused("another name: it is for %s" % token.name)
+    return token
+
+
+def use_token(directory: str, terms: PairingTerms, request: PairingRequest, approve: Callable) -> None:
+    """Check a request's token, and spend one use of it on `approve(token)`, which gets it back if it raises a
+    CtrlExecError. Raises _TokenRefused, and that."""
+    if not os.path.isdir(directory):
+        raise _TokenRefused("unknown")
     with FileLock(os.path.join(directory, ".lock")):
+        token = _check_token(directory, terms, request)
+        _write_token(directory, token._replace(uses=token.uses - 1))  # first: who is killed now has used it
         try:
-            token = PairingToken(**read_json_file(path))
-        except (FileNotFoundError, StorageError, TypeError):
-            raise refused from None
-        proof = token_proof(token.secret, "agent", build_secrets(terms, request))
-        import fnmatch
-
-        known = is_same_secret(proof, request.token_proof)
-        if (
-            not known
-            or token.expires < now()
-            or (token.name and not fnmatch.fnmatchcase(request.hostname, token.name))
-        ):
-            raise refused
-        if token.uses > 1:
-            write_atomic(
-                path, encode_state(token._replace(uses=token.uses - 1)._asdict()), mode=0o600, durable=True
-            )
-        else:
-            os.unlink(path)
-    return token.secret
+            approve(token)
+        except CtrlExecError:
+            _write_token(directory, token)
+            raise
 
 
 # --- the queue on disk ----------------------------------------------------------------------------------
@@ -9055,6 +9206,10 @@ class PairingDesk:
             )
             if request.legacy and not self._terms.allow_legacy:
                 raise BadRequest("a request without commitment", "legacy")
+            # The operator may have read the code of the one that is there: none takes its place.
+            taken = os.path.lexists(_request_path(self._config.pairing_dir, request.reqid))
+            if taken or request.reqid in self._channels:
+                raise BadRequest("the request id %s is taken" % request.reqid, "reqid")
         except (OSError, CtrlExecError) as error:
             LOG.event("pair-reject", REASON="from the front: %s" % error)
             channel.close()
@@ -9063,27 +9218,29 @@ class PairingDesk:
         self._admit(request)
 
     def _admit(self, request: PairingRequest) -> None:
+        def approve(token: PairingToken) -> None:
+            write_pairing_request(self._config.pairing_dir, request)
+            approval = Approval(replace=token.replace)
+            approve_pairing(self._config, self._openssl, request, approval, token.secret)
+
         try:
             if request.token_id:
-                secret = use_token(token_directory(self._config), self._terms, request)
-                write_pairing_request(self._config.pairing_dir, request)
-                approve_pairing(self._config, self._openssl, request, Approval(), secret)
-                return
+                return use_token(token_directory(self._config), self._terms, request, approve)
             waiting = len(load_pairing_requests(self._config)[0])
             if waiting >= self._terms.max_queue:
                 raise PairingDenied("the queue is full (%d requests wait)" % waiting)
             write_pairing_request(self._config.pairing_dir, request)
+        except _TokenRefused as refusal:
+            self._reject(request, PairingDenied("the pairing token is not accepted"), WHY=str(refusal))
         except CtrlExecError as error:
-            LOG.event(
-                "pair-reject",
-                REQID=request.reqid,
-                PEER=request.peer,
-                NAME=request.hostname,
-                REASON=error.message,
-            )
-            reason = "%s (%s)" % (error.message, error.hint) if error.hint else error.message
-            self._answer(request.reqid, {"status": "denied", "reason": reason})
-            self._remove(request.reqid)
+            self._reject(request, error)
+
+    def _reject(self, request: PairingRequest, error: CtrlExecError, **facts: str) -> None:
+        facts.update(REQID=request.reqid, PEER=request.peer, NAME=request.hostname)
+        LOG.event("pair-reject", REASON=error.message, **facts)
+        reason = "%s (%s)" % (error.message, error.hint) if error.hint else error.message
+        self._answer(request.reqid, {"status": "denied", "reason": reason})
+        self._remove(request.reqid)
 
     def _look_for_decision(self, reqid: str) -> None:
         try:
@@ -9551,10 +9708,14 @@ def judge_capabilities(status: int, answer: dict) -> tuple:
     if status != 200:
         return _judge_refusal(status, answer)
     _expect(answer, _CAPABILITIES_ANSWER)
+    names = set()
     for entry in answer["scripts"]:
         name = entry.get("name") if type(entry) is dict else None
         if type(name) is not str or not SCRIPT_NAME.fullmatch(name):
             raise _Malformed("the agent's answer lists a script without a valid name")
+        if name in names or len(names) >= MAX_OFFERS:
+            raise _Malformed("the agent's answer lists a script twice, or more than %d" % MAX_OFFERS)
+        names.add(name)
     return "ok", ""
 
 
@@ -10018,11 +10179,15 @@ class Dispatcher:
 
     def authorise(self, context: HookContext) -> None:
         """Ask the hook, if there is one. Raises Denied."""
-        if self._hook is not None:
-            serial = read_certificate(self._config.cert).serial
-            self._hook.decide(
-                context._replace(dispatcher=self._config.dispatcher_id, dispatcher_serial=serial)
-            )
+        if self._hook is None:
+            return
+        serial = read_certificate(self._config.cert).serial
+        context = context._replace(
+            dispatcher=self._config.dispatcher_id, dispatcher_serial=serial, operation=context.action
+        )
+        # older releases ask about a discovery as about a ping, and so their hooks know no other word
+        action = "ping" if context.action == "discovery" else context.action
+        self._hook.decide(context._replace(action=action))
 
     def _each(self, agents: list, action: str, work: Callable, parallel: int = 0) -> Iterator[HostResult]:
         for result in fan_out(agents, work, parallel or self._config.max_parallel):
@@ -11470,16 +11635,18 @@ def build_live_openapi(results: list) -> dict:
     """The document with the hosts and scripts that a discovery found, and what their sidecars say."""
     document = json.loads(json.dumps(build_openapi()))
     hosts, scripts = sorted(result.host for result in results), {}
+    known: dict = {}  # (script, its schema as text) to what is shown of it
     for result in sorted(results):
         for offer in result.answer.get("scripts", ()) if result.state == "ok" else ():
             script = scripts.setdefault(offer["name"], {"hosts": [], "schemas": []})
             script["hosts"].append(result.host)
             if isinstance(offer.get("schema"), dict):
-                version, schema = str(offer.get("schema_version", "")), offer["schema"]
-                known = [one for one in script["schemas"] if one["schema"] == schema]
-                if not known:
-                    script["schemas"].append({"schema_version": version, "schema": schema, "hosts": []})
-                (known or script["schemas"])[-1]["hosts"].append(result.host)
+                key = (offer["name"], json.dumps(offer["schema"], sort_keys=True))
+                if key not in known:
+                    version = str(offer.get("schema_version", ""))
+                    known[key] = {"schema_version": version, "schema": offer["schema"], "hosts": []}
+                    script["schemas"].append(known[key])
+                known[key]["hosts"].append(result.host)
     for path in ("/ping", "/run", "/discovery"):
         body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
         if hosts:
@@ -11844,10 +12011,9 @@ class Api:
 
     def _authorise(self, call: _Call, dispatcher: Dispatcher, **details: Any) -> None:
         """Ask the hook, or the default where there is none. Raises Denied."""
-        context = HookContext(
-            call.operation.action, call.reqid, username=call.username, token=call.token,
-            source_ip=call.address, **details,
-        )  # fmt: skip
+        facts = {"username": call.username, "token": call.token, "source_ip": call.address, "via": "api"}
+        details.setdefault("action", call.operation.action)
+        context = HookContext(reqid=call.reqid, **facts, **details)
         if dispatcher.has_hook():
             return dispatcher.authorise(context)
         if self._config.api_auth_default != "allow":
@@ -11856,10 +12022,18 @@ class Api:
             why = "" if self._config.auth_deny_generic else ": there is no auth hook here"
             raise Denied("not authorised" + why)
 
+    def _enter(self, call: _Call) -> Dispatcher:
+        """The control host's operations, once the caller may use the API at all, which older releases ask
+        first: their hooks check its token there. Raises Denied."""
+        dispatcher = self.dispatcher()
+        if self._config.api_hook == "both" and dispatcher.has_hook():
+            self._authorise(call, dispatcher, action="api")
+        return dispatcher
+
     def _open(self, call: _Call, **details: Any) -> tuple:
         """(dispatcher, agents, warnings) of an operation on hosts, once its caller may. Who may not is not
         told which hosts there are."""
-        dispatcher = self.dispatcher()
+        dispatcher = self._enter(call)
         words = tuple(call.fields.get("hosts", ()))
         failure: Optional[CtrlExecError] = None
         if not dispatcher.has_hook():  # then it does not matter which hosts
@@ -11879,7 +12053,7 @@ class Api:
 
     def _find(self, call: _Call) -> tuple:
         """(dispatcher, record) of an earlier run, once its caller may: what is not his is not there."""
-        dispatcher = self.dispatcher()
+        dispatcher = self._enter(call)
         record: Optional[RequestRecord] = None
         failure: CtrlExecError = NotFound("no such request: %s" % call.reqid)
         try:
@@ -11973,9 +12147,9 @@ class Api:
         return Response(200, dict(body, results=[render_cancelled(result) for result in results]))
 
     def _runs(self, call: _Call) -> Response:
-        self._authorise(call, self.dispatcher())
-        records, problems = list_request_records(self._config.runs_dir)
-        shown = [render_request(record) for record in records[: call.fields.get("last", 100)]]
+        self._authorise(call, self._enter(call))
+        records, problems = list_request_records(self._config.runs_dir, call.fields.get("last", 100))
+        shown = [render_request(record) for record in records]
         body = {"ok": True, "runs": shown}
         return Response(200, dict(body, warnings=problems) if problems else body)
 
@@ -12024,7 +12198,7 @@ class Api:
     # --- figures -----------------------------------------------------------------------------------------
 
     def _show_metrics(self, call: _Call) -> Response:
-        self._authorise(call, self.dispatcher())
+        self._authorise(call, self._enter(call))
         family = "ctrl_exec_certificate_not_after_timestamp_seconds"
         more = {}
         config = self._config
@@ -12245,7 +12419,9 @@ def serve_api(config: Config, reread: Callable) -> int:
         target=_keep_listening, args=(config, server, listening, signals.wake), daemon=True
     ).start()
     port = listening.sockets[0].getsockname()[1] if listening.sockets else config.api_port
-    LOG.event("api-start", VERSION=__version__, PORT=port, TLS="yes" if context else "no", UID=os.geteuid())
+    hook = find_dispatcher_hook(config)
+    facts = {"PORT": port, "TLS": "yes" if context else "no", "UID": os.geteuid()}
+    LOG.event("api-start", VERSION=__version__, HOOK=hook.path if hook else "none", **facts)
     tell_systemd("READY=1\nSTATUS=" + one_line("; ".join(listening.faults) or "serving"))
     server.serve(signals.descriptor, signals.is_told_to_stop)
     tell_systemd("STOPPING=1")
@@ -12258,6 +12434,9 @@ def serve_api(config: Config, reread: Callable) -> int:
 def check_api(config: Config) -> list:
     """Everything the API depends on, one Finding each."""
     findings = check_dispatcher(config)
+    if not config.root:  # below one, the API stays who has started it
+        hook = check_hook(find_dispatcher_hook(config), DISPATCHER_USER)
+        findings += [finding for finding in hook if finding.level == "FAIL" and finding not in findings]
     if config.api_cert or config.api_key:
         what, hint = "TLS of the API %s" % config.api_cert, "mend it, or take out api_cert and api_key"
         if try_check(findings, what, lambda: load_api_context(config), hint) is not None:
@@ -12555,10 +12734,16 @@ def _spaced(code: str) -> str:
     return code[:3] + " " + code[3:]
 
 
-def _describe_request(terms: PairingTerms, request: PairingRequest) -> str:
-    remarks = "  (legacy: the code proves little)" if request.legacy else ""
+def _render_remarks(request: PairingRequest) -> str:
+    """What to think of before a request is approved."""
+    remarks = ["legacy: the code proves little"] if request.legacy else []
     if is_clock_off(request.ahead):
-        remarks += "  (its clock is %s: set one of them)" % describe_skew(request.ahead)
+        remarks.append("its clock is %s: set one of them" % describe_skew(request.ahead))
+    return "; ".join(remarks)
+
+
+def _describe_request(terms: PairingTerms, request: PairingRequest) -> str:
+    remarks = "  (%s)" % _render_remarks(request) if _render_remarks(request) else ""
     return "%s  %s  from %s  code %s%s" % (
         request.reqid, request.hostname, request.peer, _spaced(request_code(terms, request)), remarks
     )  # fmt: skip
@@ -12588,21 +12773,31 @@ def cmd_list_requests(args: Any, config: Config) -> int:
     rows = [
         (request.reqid, request.hostname, request.peer, request.port or AGENT_PORT,
          _spaced(request_code(terms, request)), "%ds" % (now() - request.received),
-         "its clock is " + describe_skew(request.ahead) if is_clock_off(request.ahead) else "")
+         _render_remarks(request))
         for request in requests
     ]  # fmt: skip
-    say(_render_table(("ID", "NAME", "FROM", "PORT", "CODE", "WAITS", ""), rows))
+    say(_render_table(("ID", "NAME", "FROM", "PORT", "CODE", "WAITS", "REMARKS"), rows))
     return 0
+
+
+def _confirm(question: str) -> bool:
+    warn(question, end="")
+    return sys.stdin is not None and sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def cmd_approve(args: Any, config: Config) -> int:
     openssl = OpenSSL()
     request = get_pairing_request(config, args.id)
+    terms = build_terms(config, openssl, "")
+    code = request_code(terms, request)
+    if not args.yes and sys.stdin is not None and sys.stdin.isatty():
+        warn(_describe_request(terms, request))
+        if not _confirm("Does the agent show the code %s? [y/N] " % _spaced(code)):
+            raise PairingDenied("the code was not confirmed; request %s still waits" % request.reqid)
     approval = Approval(
         args.name or "", args.ip or "", args.agent_port or 0, args.lookup_by or "", args.replace
     )
     agent = approve_pairing(config, openssl, request, approval)
-    code = request_code(build_terms(config, openssl, ""), request)
     say("approved: %s at %s port %d, code %s" % (agent.name, agent.address(), agent.port, _spaced(code)))
     return 0
 
@@ -12618,9 +12813,12 @@ def cmd_pairing_token(args: Any, config: Config) -> int:
     pattern = args.name or ""
     if pattern and not HOST_NAME.fullmatch(pattern.replace("*", "x")):
         raise UsageError("%s is not a host name or a pattern with *" % one_line(pattern))
-    token = new_token(token_directory(config), args.ttl, args.uses, pattern)
+    if args.replace and (not pattern or "*" in pattern):
+        raise UsageError("--replace needs the name of one host", "ced pairing-token --name NAME --replace")
+    token = new_token(token_directory(config), args.ttl, args.uses, pattern, args.replace)
     if args.json:
-        _say_json({"ok": True, "token": token, "ttl": args.ttl, "uses": args.uses, "name": pattern})
+        facts = {"ttl": args.ttl, "uses": args.uses, "name": pattern, "replace": args.replace}
+        _say_json({"ok": True, "token": token, **facts})
         return 0
     say(token)
     warn(
@@ -13167,10 +13365,9 @@ def cmd_cancel(args: Any, config: Config) -> int:
 
 
 def cmd_history(args: Any, config: Config) -> int:
-    records, problems = list_request_records(config.runs_dir)
+    records, problems = list_request_records(config.runs_dir, args.last or 0)
     for problem in problems:
         warn("ced: " + problem)
-    records = records[: args.last or None]
     if args.json:
         _say_json({"ok": not problems, "runs": [render_request(record) for record in records]})
         return int(bool(problems))
@@ -13199,13 +13396,12 @@ def cmd_discovery(args: Any, config: Config) -> int:
     rows = []
     for result in results:
         if result.state != "ok":
-            rows.append((result.host, "-", result.state, "", result.error))
+            rows.append((result.host, "-", result.state, "", "", result.error))
         for script in result.answer.get("scripts", ()) if result.state == "ok" else ():
             runs = "yes" if script.get("executable") else "NO"
-            rows.append(
-                (result.host, script["name"], runs, script.get("profile") or "-", script.get("path", ""))
-            )
-    say(_render_table(("NAME", "SCRIPT", "RUNS", "PROFILE", "PATH"), rows))
+            profile, user = script.get("profile") or "-", script.get("user") or "-"
+            rows.append((result.host, script["name"], runs, profile, user, script.get("path", "")))
+    say(_render_table(("NAME", "SCRIPT", "RUNS", "PROFILE", "USER", "PATH"), rows))
     return int(failed)
 
 
@@ -13244,11 +13440,6 @@ def cmd_self_ping(args: Any, config: Config) -> int:
     else:
         say("the agent answers on port %d with certificate %s (%s left)" % (config.port, info.serial, days))
     return 0
-
-
-def _confirm(question: str) -> bool:
-    warn(question, end="")
-    return sys.stdin is not None and sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def _finish_pairing(config: Config, session: PairingSession, state: PairingState, ask: bool) -> int:
@@ -13561,6 +13752,7 @@ COMMANDS = (
         _option("--ttl", type=_count_option, default=3600, metavar="S", help="seconds it is valid (3600)"),
         _option("--uses", type=_count_option, default=1, metavar="N", help="how often it can be used (1)"),
         _option("--name", metavar="NAME", help="only for this host name, or a pattern with *"),
+        _option("--replace", action="store_true", help="it may take the place of the host of that name"),
         _JSON,
     ), cmd_pairing_token),
     Command("dispatcher", "list-requests", "pairing requests that wait", (_JSON,), cmd_list_requests),
@@ -13569,6 +13761,7 @@ COMMANDS = (
         _option("--name", metavar="N", help="register it under this name"),
         *_PLACE,
         _option("--replace", action="store_true", help="in the place of the agent of that name"),
+        _option("--yes", action="store_true", help="do not ask whether the code is the same"),
     ), cmd_approve),
     Command("dispatcher", "deny", "deny a pairing request", (_option("id", metavar="ID"),), cmd_deny),
     Command("dispatcher", "list-agents", "the registered hosts", (_TAGS, _JSON), cmd_list_agents),
@@ -13729,13 +13922,14 @@ def parse_command(role: str, program: str, argv: list) -> tuple:
         words = words[taken:]
     if "--version" in leading:
         return None, render_version()
-    if not words:
-        if "--help" in leading or "-h" in leading:
-            return None, render_usage(role, program)
-        if role != "api":
-            raise UsageError("no verb is given", "%s --help" % program)
-        words = ["serve"]
-    verb, *rest = words
+    is_help = "--help" in leading or "-h" in leading
+    if not words and (is_help or (role == "dispatcher" and not leading)) or words == ["help"]:
+        return None, render_usage(role, program)
+    if words == ["version"]:
+        return None, render_version()
+    if not words and role == "dispatcher":
+        raise UsageError("no verb is given", "%s --help" % program)
+    verb, *rest = words or ["serve"]
     known = {command.name: command for command in COMMANDS if command.role == role}
     if verb not in known:
         raise UsageError(
@@ -13880,6 +14074,11 @@ def _wait_for_port(port: int, process: Any) -> None:
     raise Unavailable("port %d did not open; somebody else may have taken it" % port, "run the demo again")
 
 
+def _try_path(directory: str) -> str:
+    """A script that does nothing, to see who can run what lies there."""
+    return os.path.join(directory, "try")
+
+
 def _demo_files(demo: _Demo, pairing_port: int, ports: list) -> None:
     demo.put(
         "control/etc/ctrl-exec/ctrl-exec.conf", "pairing_port = %d\ndispatcher_id = control\n" % pairing_port
@@ -13887,7 +14086,11 @@ def _demo_files(demo: _Demo, pairing_port: int, ports: list) -> None:
     for host, port in zip(_DEMO_HOSTS, ports):
         etc = "hosts/%s%s/" % (host, AGENT_ETC)
         site = "north" if host == "web-01" else "south"
-        demo.put(etc + "agent.conf", "port = %d\nbind = 127.0.0.1\n[tags]\nsite = %s\n" % (port, site))
+        conf = "port = %d\nbind = 127.0.0.1\n[tags]\nsite = %s\n" % (port, site)
+        if os.geteuid() == 0:  # nothing is installed: there is no ctrl-exec-script
+            can_nobody = find_user("nobody") is not None and may_execute("nobody", _try_path(demo.top))
+            conf += "[profile default]\nrun_as = %s\n" % ("nobody" if can_nobody else "root")
+        demo.put(etc + "agent.conf", conf)
         lines = []
         for name, text in _DEMO_SCRIPTS.items():
             demo.put("hosts/%s/scripts/%s" % (host, name), text, 0o755)
@@ -13966,12 +14169,11 @@ def _remove_for_good(top: str) -> None:
 
 def _can_run_scripts(directory: str) -> bool:
     """Whether a script that lies there can be executed: many sites mount /tmp with noexec."""
-    path = os.path.join(directory, "try")
+    path = _try_path(directory)
     try:
+        os.chmod(directory, 0o755)
         write_atomic(path, b"#!/bin/sh\nexit 0\n", mode=0o755)
-        is_run = run_program([path]).status == 0
-        os.unlink(path)
-        return is_run
+        return run_program([path]).status == 0
     except (OSError, StorageError):
         return False
 

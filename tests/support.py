@@ -65,6 +65,18 @@ def free_port():
             continue
 
 
+def as_starter(conf):
+    """The text of an agent.conf whose profiles say that scripts run as who starts the agent, where he is root."""
+    if not IS_ROOT:
+        return conf
+    if "[profile default]" not in conf:
+        conf += "\n[profile default]\n"
+    head, *profiles = re.split(r"(?m)^(?=\[profile )", conf)
+    return head + "".join(
+        text if re.search(r"(?m)^run_as", text) else text.rstrip("\n") + "\nrun_as = root\n" for text in profiles
+    )
+
+
 class Program:
     """One role with a root of its own, started through its symlink as a user would."""
 
@@ -223,8 +235,9 @@ class Host(Program):
         self.config = ctrl_exec.load_config("agent", "", self.root)
 
     def configure(self, conf=""):
-        """Write agent.conf: port, loopback, and `conf`."""
-        text = "port = %d\nbind = 127.0.0.1\n%s" % (self.port, conf)
+        """Write agent.conf: port, loopback, and `conf`. Scripts run as who runs the tests unless a profile says
+        otherwise: what they write lies in directories of his."""
+        text = "port = %d\nbind = 127.0.0.1\n%s" % (self.port, as_starter(conf))
         self.put(ctrl_exec.AGENT_ETC + "/agent.conf", text, 0o640)
 
     def allow(self, text):

@@ -346,7 +346,7 @@ def test_a_taken_pairing_port_is_one_sentence_and_status_78(tmp_path):
 def test_ipv6_is_served_beside_ipv4(fresh):
     deployment = fresh(start=False)
     solo, control = deployment["solo"], deployment.control
-    text = "port = %d\nbind = 127.0.0.1, ::1\nrate_limit_disable = yes\n" % solo.port
+    text = support.as_starter("port = %d\nbind = 127.0.0.1, ::1\nrate_limit_disable = yes\n" % solo.port)
     solo.put(ctrl_exec.AGENT_ETC + "/agent.conf", text, 0o640)
     solo.start()
     assert_ping(control, "solo")

@@ -205,6 +205,8 @@ def test_the_hook_gets_the_whole_context_as_json_and_as_environment(tmp_path, mo
         "submitter": "bob",
         "submitter_ip": "192.0.2.8",
         "timestamp": "2023-11-14T22:13:20Z",
+        "via": "cli",
+        "operation": "run",
     }
     pairs = (tmp_path / "env").read_bytes().decode().strip("\0").split("\0")
     environment = dict(pair.split("=", 1) for pair in pairs)
@@ -214,7 +216,10 @@ def test_the_hook_gets_the_whole_context_as_json_and_as_environment(tmp_path, mo
         "ENVEXEC_ACTION": "run",
         "ENVEXEC_REQID": "r1",
         "ENVEXEC_SCRIPT": "deploy",
-        "ENVEXEC_HOSTS": "web-1 web-2",
+        "ENVEXEC_HOSTS": "web-1,web-2",
+        "ENVEXEC_VIA": "cli",
+        "ENVEXEC_OPERATION": "run",
+        "ENVEXEC_OMITTED": "",
         "ENVEXEC_ARGS": "a b  -x \u00e9\n",
         "ENVEXEC_USERNAME": "ann",
         "ENVEXEC_TOKEN": CANARY,
@@ -243,7 +248,7 @@ def test_a_default_hook_is_used_when_it_is_there_and_a_configured_one_always(tmp
     assert ctrl_exec.find_hook("", default, 5) is None
     assert ctrl_exec.find_hook(configured, default, 5) == Hook(configured, 5)
     os.symlink("/no/such/file", default)  # somebody meant a hook to be there
-    assert ctrl_exec.find_hook("", default, 5) == Hook(default, 5)
+    assert ctrl_exec.find_hook("", default, 5) == Hook(default, 5, is_configured=False)
     assert "No such file" in decide(default).message
 
 
@@ -359,13 +364,16 @@ def test_the_dispatchers_hook_is_told_who_what_and_where(guarded, tmp_path):
         "dispatcher_serial": deployment.control.serial(),
         "submitter": "",
         "submitter_ip": "",
+        "via": "cli",
+        "operation": "run",
     }
     names = [pair.partition("=")[0] for pair in (tmp_path / "env").read_text().split("\0")]
     assert sorted(name for name in names if name.startswith("ENVEXEC_")) == [
         "ENVEXEC_ACTION", "ENVEXEC_ARGS", "ENVEXEC_ARGS_JSON", "ENVEXEC_DISPATCHER",
-        "ENVEXEC_DISPATCHER_SERIAL", "ENVEXEC_HOSTS", "ENVEXEC_REQID", "ENVEXEC_SCRIPT",
+        "ENVEXEC_DISPATCHER_SERIAL", "ENVEXEC_HOSTS", "ENVEXEC_OMITTED", "ENVEXEC_OPERATION",
+        "ENVEXEC_REQID", "ENVEXEC_SCRIPT",
         "ENVEXEC_SOURCE_IP", "ENVEXEC_SUBMITTER", "ENVEXEC_SUBMITTER_IP", "ENVEXEC_TIMESTAMP",
-        "ENVEXEC_TOKEN", "ENVEXEC_USERNAME",
+        "ENVEXEC_TOKEN", "ENVEXEC_USERNAME", "ENVEXEC_VIA",
     ]  # fmt: skip
 
 
@@ -485,6 +493,8 @@ def test_the_agents_hook_is_told_who_calls_by_its_certificate(guarded, shelf, tm
         "dispatcher_serial": deployment.control.serial(),
         "submitter": "",
         "submitter_ip": "",
+        "via": "agent",
+        "operation": "run",
     }
     with open(inbox + "/env", encoding="utf-8") as file:
         environment = dict(pair.partition("=")[::2] for pair in file.read().split("\0"))

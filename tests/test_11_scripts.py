@@ -693,7 +693,7 @@ def test_run_as_gives_the_script_that_user_for_good_or_is_refused_by_an_agent_th
     assert home.split() == [entry.pw_dir, "nobody", entry.pw_shell]
 
 
-def test_without_run_as_a_script_has_the_agents_user(site):
+def test_a_script_has_the_user_of_its_profile_or_the_agents(site):
     answer = site.run("as-us", "-c", "id -u; id -g; echo $USER")
     import pwd
 

@@ -1,6 +1,7 @@
 """The daemon on a managed host: start, reload, the death of its parts, its checks of itself, its answers."""
 
 import http.client
+import getpass
 import json
 import os
 import signal
@@ -187,11 +188,11 @@ def test_capabilities_lists_the_allowlist_and_the_tags(site, host):
     }  # fmt: skip
     assert set(scripts) == {*support.STANDARD_SCRIPTS, "gate", "described", "broken"}
     assert scripts["described"] == {
-        "name": "described", "path": path, "executable": True, "profile": "web",
+        "name": "described", "path": path, "executable": True, "profile": "web", "user": getpass.getuser(),
         "schema": {"version": "3", "args": []}, "schema_version": "3",
     }  # fmt: skip
     assert scripts["broken"]["executable"] is False and "schema" not in scripts["broken"]
-    assert set(scripts["hello"]) == {"name", "path", "executable", "profile"}
+    assert set(scripts["hello"]) == {"name", "path", "executable", "profile", "user"}
 
 
 def test_a_run_answers_with_the_documented_fields(deployment):

@@ -271,12 +271,12 @@ def test_the_hook_is_asked_about_every_request(hooked, operation):
     body = body_of(operation, username="ann") if operation.method == "POST" else {"username": "ann"}
     reply = hooked.call(operation.method, path_of(operation, reqid), body, Authorization="Bearer good")
     assert reply.status in operation.answers
-    (told,) = seen(hooked)[before:]
-    facts = {key: told[key] for key in ("action", "username", "token", "source_ip", "dispatcher")}
-    assert facts == {
-        "action": operation.action, "username": "ann", "token": "good", "source_ip": "127.0.0.1",
-        "dispatcher": "control",
-    }  # fmt: skip
+    first, told = seen(hooked)[before:]
+    facts = ("action", "operation", "username", "token", "source_ip", "dispatcher", "via")
+    same = ["ann", "good", "127.0.0.1", "control", "api"]
+    assert [first[key] for key in facts] == ["api", "api", *same] and (first["script"], first["hosts"]) == ("", [])
+    older = {"discovery": "ping"}.get(operation.action, operation.action)
+    assert [told[key] for key in facts] == [older, operation.action, *same]
     if operation.path.endswith("*"):
         assert (told["reqid"], told["submitter"], told["submitter_ip"]) == (reqid, "ann", "127.0.0.1")
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pwd
 import pty
 import re
 import shutil
@@ -333,10 +334,11 @@ def test_an_agent_file_that_is_broken_is_named_and_the_others_are_listed(ced, ot
 
 def test_discovery_lists_what_each_host_would_run(ced):
     status, out, _ = ced("discovery", "one", "two")
-    rows = table(out, ["NAME", "SCRIPT", "RUNS", "PROFILE", "PATH"])
+    rows = table(out, ["NAME", "SCRIPT", "RUNS", "PROFILE", "USER", "PATH"])
     assert status == 0
-    assert ["one", "hello", "yes", "-"] in [row[:4] for row in rows]
-    assert ["two", "both", "yes", "-"] in [row[:4] for row in rows]
+    profile, user = ("default", "root") if IS_ROOT else ("-", pwd.getpwuid(os.geteuid()).pw_name)
+    assert ["one", "hello", "yes", profile, user] in [row[:5] for row in rows]
+    assert ["two", "both", "yes", profile, user] in [row[:5] for row in rows]
     status, out, _ = ced("discovery", "--json")
     answer = json.loads(out)
     assert status == 1  # `gone` did not answer

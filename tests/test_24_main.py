@@ -202,7 +202,6 @@ def test_an_interrupt_is_130_and_silent(capfdbinary, failing):
     "argv",
     [
         ("",),
-        ("ced",),
         ("ced", ""),
         ("ced", "--"),
         ("ced", "-"),
@@ -225,7 +224,6 @@ def test_an_interrupt_is_130_and_silent(capfdbinary, failing):
         ("cea", "request-pairing"),
         ("cea", "request-pairing", "--dispatcher", "x", "--timeout", "601"),
         ("cea", "serve", "--bogus"),
-        ("ctrl_exec.py", "agent"),
         ("ctrl_exec.py", "dispatcher", "bogus"),
         ("\udcff",),
         ("ced", "--bogus", "list-agents"),

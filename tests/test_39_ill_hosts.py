@@ -170,7 +170,7 @@ def test_a_passed_socket_that_is_not_configured_is_closed_and_named(fresh):
 def test_one_socket_for_both_families_serves_ipv4_addresses_as_such(fresh):
     deployment = fresh(start=False)
     solo = deployment["solo"]
-    conf = "port = %d\nallowed_ips = 127.0.0.0/8\nrate_limit_disable = yes\n" % solo.port
+    conf = support.as_starter("port = %d\nallowed_ips = 127.0.0.0/8\nrate_limit_disable = yes\n" % solo.port)
     solo.put(ctrl_exec.AGENT_ETC + "/agent.conf", conf, 0o640)
     with socket.create_server(("::", solo.port), family=socket.AF_INET6, dualstack_ipv6=True) as both:
         serve_with(solo, [both])
