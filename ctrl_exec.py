@@ -136,6 +136,7 @@ BEAT_SECONDS = 15  # between two signs of life on a silent stream: both ends not
 FOLLOW_SECONDS = 0.1  # how often a follower looks for new output of a run that another process writes
 LOOK_SECONDS = 5  # looking at a lock takes a moment; a process that looks for this long holds it
 ADDRESS_SECONDS = 30 * 86400  # an address that no dispatcher has used for this long is a stranger's again
+TRY_SECONDS = 2  # between two connections of a blocked address: it cannot work on, and a dispatcher can
 CLOCK_SECONDS = 60  # between two notes of the same dispatcher's clock: each costs a process
 MAX_RESULT_WAIT = 300  # one long poll; a caller that wants to wait longer asks again
 OPENSSL_SECONDS = 60  # RSA keys on a small board take 20
@@ -753,11 +754,13 @@ def find_written(path: str) -> str:
     """The file to write when `path` is: where it leads to, if it is a symlink of root's or ours. To replace
     the link would leave others with the old file. Raises StorageError for somebody else's link: it could lead
     us to any file."""
-    if not os.path.islink(path):
-        return path
-    if os.lstat(path).st_uid not in (0, os.geteuid()):
-        raise StorageError("%s is a symlink that somebody else has made" % path, "see who, and remove it")
-    return os.path.realpath(path)
+    hops = 0
+    while os.path.islink(path):
+        hops += 1
+        if os.lstat(path).st_uid not in (0, os.geteuid()) or hops > 40:
+            raise StorageError("%s is a symlink that somebody else has made" % path, "see who, and remove it")
+        path = os.path.join(os.path.dirname(path), os.readlink(path))
+    return path
 
 
 def rename_durably(source: str, target: str) -> None:
@@ -1190,6 +1193,7 @@ class Serving(NamedTuple):
     begun: int  # reloads
     ended: int
     error: str  # of the last reload
+    owner: int  # of the lock: the user that the service has
 
 
 def note_serving(lock: FileLock, begun: int, ended: int, error: str) -> None:
@@ -1204,14 +1208,30 @@ def note_serving(lock: FileLock, begun: int, ended: int, error: str) -> None:
 def find_serving(path: str) -> Optional[Serving]:
     """The service that holds a lock, if there is one. Older releases wrote the process id only."""
     try:
-        text, owner = read_lock(path) or "", os.stat(path).st_uid
-        hit = re.fullmatch(r"([1-9][0-9]{0,9})\n(?:([0-9]{1,9}) ([0-9]{1,9}) (.*)\n)?", text)
-        # who can write the lock is not to choose any process for root to signal
-        if hit is None or os.stat("/proc/" + hit[1]).st_uid != owner:
-            return None
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return None
-    return Serving(int(hit[1]), int(hit[2] or 0), int(hit[3] or 0), hit[4] or "")
+    try:  # all from the one file that is open: who may write to its directory can exchange it at any moment
+        if not is_locked(descriptor):
+            return None
+        text = os.pread(descriptor, MAX_LOCK_TEXT, 0).decode("utf-8", "replace")
+        owner = os.fstat(descriptor).st_uid
+    finally:
+        os.close(descriptor)
+    hit = re.fullmatch(r"([1-9][0-9]{0,9})\n(?:([0-9]{1,9}) ([0-9]{1,9}) (.*)\n)?", text)
+    if hit is None:
+        return None
+    return Serving(int(hit[1]), int(hit[2] or 0), int(hit[3] or 0), hit[4] or "", owner)
+
+
+def _hang_up(serving: Serving) -> None:
+    """Send SIGHUP to a service. Who can write its lock is not to choose any process for root to signal: the
+    process must be the lock's owner's. Raises OSError."""
+    with open("/proc/%d/status" % serving.pid, "rb") as file:
+        owner = re.search(rb"^Uid:\t(\d+)\t", file.read(8192), re.MULTILINE)
+        if owner is None or int(owner[1]) != serving.owner:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        os.kill(serving.pid, signal.SIGHUP)
 
 
 def reload_service(path: str, what: str, hint: str) -> int:
@@ -1224,7 +1244,7 @@ def reload_service(path: str, what: str, hint: str) -> int:
     if serving is None:
         raise NotFound("no %s serves here: nobody holds %s" % (what, path), hint)
     try:
-        os.kill(serving.pid, signal.SIGHUP)
+        _hang_up(serving)
     except OSError as error:
         message = "cannot signal the %s (process %d): %s" % (what, serving.pid, error.strerror)
         raise Unavailable(message, "run this as root") from error
@@ -1307,22 +1327,22 @@ def lower_descriptor_limit(soft: int) -> None:
 
 
 def reset_signals() -> None:
-    """Give a new process the signal handling it expects. Python ignores SIGPIPE, who started us may have us
-    ignore others, and a program inherits what is ignored."""
+    """Give a new process of ours the signal handling that the programs it becomes expect: the default,
+    whatever we were made to ignore by who started us, and by Python (SIGPIPE).
+
+    SIGHUP is for the process that reloads, although `pkill -HUP -f` reaches all: it has no effect here. By a
+    handler, which exec(3) takes back, because SIG_IGN would be inherited; and never by the default, not for a
+    moment.
+    """
     signal.set_wakeup_fd(-1)
-    for number in signal.valid_signals():
+    signal.signal(signal.SIGHUP, lambda *_: None)
+    for number in signal.valid_signals() - {signal.SIGHUP}:
         if signal.getsignal(number) is not signal.SIG_DFL:
             try:
                 signal.signal(number, signal.SIG_DFL)
             except OSError:  # SIGKILL, SIGSTOP
                 pass
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
-
-
-def survive_hangup() -> None:
-    """Take no notice of SIGHUP, which is for the process that reloads, although `pkill -HUP -f` reaches all.
-    By a handler, because programs that we start would inherit SIG_IGN."""
-    signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 def set_title(title: str) -> None:
@@ -1363,6 +1383,14 @@ class Process(NamedTuple):
             return False
 
 
+def _has_threads(pid: int) -> bool:
+    """Whether threads of a process live on after its first one has ended, which makes it look dead."""
+    try:
+        return len(os.listdir("/proc/%d/task" % pid)) > 1
+    except OSError:
+        return False
+
+
 def find_process(pid: int) -> Optional[Process]:
     """A process that runs, or None when it is gone or only waits to be reaped."""
     try:
@@ -1373,7 +1401,7 @@ def find_process(pid: int) -> Optional[Process]:
     except OSError:
         return None
     fields = rest.split()  # from the third field of proc_pid_stat(5) on: state, parent, group, session, ...
-    if fields[0] in (b"Z", b"X"):
+    if fields[0] in (b"Z", b"X") and not _has_threads(pid):
         return None
     name = printable(first.partition(b" (")[2].decode("utf-8", "replace"))
     birth = "%s@%s" % (fields[19].decode("ascii"), boot.decode("ascii"))
@@ -1422,6 +1450,14 @@ def find_own_cgroup() -> str:
         return ""
 
 
+def leave_cgroup(path: str) -> None:
+    """Remove a control group, unless something still runs in it."""
+    try:
+        os.rmdir(path)
+    except OSError:
+        pass
+
+
 def enter_cgroup(path: str, pid: int) -> bool:
     """Put a process, and what it will fork, into a control group of its own; whether that could be done."""
     try:
@@ -1430,6 +1466,7 @@ def enter_cgroup(path: str, pid: int) -> bool:
             file.write(b"%d" % pid)
         return True
     except OSError:
+        leave_cgroup(path)
         return False
 
 
@@ -1438,14 +1475,6 @@ def kill_cgroup(path: str) -> None:
     try:
         with open(os.path.join(path, "cgroup.kill"), "wb", buffering=0) as file:
             file.write(b"1")
-    except OSError:
-        pass
-
-
-def leave_cgroup(path: str) -> None:
-    """Remove a control group, unless something still runs in it."""
-    try:
-        os.rmdir(path)
     except OSError:
         pass
 
@@ -1519,6 +1548,8 @@ def kill_descendants() -> None:
             return
         if found - seen:
             patience = Deadline(KILL_GRACE_SECONDS)
+        else:
+            time.sleep(0.01)  # it is dying, or does not
         seen |= found
 
 
@@ -1690,12 +1721,21 @@ def parse_rate(text: str) -> Rate:
     return Rate(*(parse_positive(part) for part in parts))
 
 
+def _split_list(text: str) -> list:
+    """The parts of a list separated by commas or spaces. Raises ValueError for separators alone: to some keys
+    an empty list means everything, and that has to be meant."""
+    parts = [part for part in re.split(r"[,\s]+", text) if part]
+    if text.strip() and not parts:
+        raise ValueError("nothing is in the list")
+    return parts
+
+
 def parse_networks(text: str) -> tuple:
     """Addresses and prefixes, IPv4 and IPv6, separated by commas or spaces; none means everybody."""
     import ipaddress
 
     try:
-        return tuple(ipaddress.ip_network(part) for part in re.split(r"[,\s]+", text) if part)
+        return tuple(ipaddress.ip_network(part) for part in _split_list(text))
     except ValueError as error:
         raise ValueError("addresses or prefixes such as 10.0.0.0/8 or fd00::/8 (%s)" % error) from None
 
@@ -1705,7 +1745,7 @@ def parse_addresses(text: str) -> tuple:
     import ipaddress
 
     try:
-        return tuple(str(ipaddress.ip_address(part)) for part in re.split(r"[,\s]+", text) if part)
+        return tuple(str(ipaddress.ip_address(part)) for part in _split_list(text))
     except ValueError as error:
         raise ValueError("IP addresses (%s)" % error) from None
 
@@ -1729,7 +1769,8 @@ class Setting(NamedTuple):
 
 # What keeps somebody out. That one of these is not in force for a misspelling is worse than a stop.
 GUARDS = frozenset((
-    "allowed_ips", "api_auth_default", "auth_hook", "pairing_rate_limit_disable", "pairing_rate_limit_volume",
+    "allowed_ips", "api_auth_default", "api_bind", "api_cert", "auth_hook", "bind",
+    "pairing_rate_limit_disable", "pairing_rate_limit_volume",
     "rate_limit_disable", "rate_limit_probe", "rate_limit_volume", "revoked_serials", "script_dirs",
     "strict_modes", "trusted_dispatchers_path",
 ))  # fmt: skip
@@ -2018,9 +2059,12 @@ def _check_home(role: str, key: str, where: str) -> None:
         if home != role and key in _rows_of(home) and (is_near or key in GUARDS):
             raise ConfigError("%s: unknown key `%s` here: it belongs %s" % (where, key, place))
     spelt = key.lower().replace("-", "_")
-    near = find_nearest(spelt, _rows_of(role), 1, 0.7) if role != "tags" else []
-    if near and _rows_of(role)[near[0]].key in GUARDS:
-        raise ConfigError("%s: unknown key `%s`; did you mean %s?" % (where, one_line(key), near[0]))
+    rows = _rows_of("agent" if role == "tags" else role)
+    near = find_nearest(spelt, rows, *((1, 0.85) if role == "tags" else (3, 0.6)))
+    if any(rows[one].key in GUARDS for one in near):
+        raise ConfigError(
+            "%s: unknown key `%s`; did you mean %s?" % (where, one_line(key), " or ".join(near))
+        )
 
 
 class _ConfigReader:
@@ -2581,6 +2625,7 @@ class OpenSSL:
 
     def __init__(self, binary: str = "openssl") -> None:
         self._binary = binary
+        self._is_tried = False
 
     def _run(self, *options: str, stdin: bytes = b"") -> bytes:
         """What openssl prints. Raises ProgramError when it cannot be run or its exit status is not 0."""
@@ -2655,6 +2700,7 @@ class OpenSSL:
         """Check a request's form and that it is signed by its own key; return its DER. Raises TrustError."""
         request = parse_request(pem)
         if not self._is_signed(request):
+            self._check_itself()
             raise TrustError("the certificate request is refused: it is not signed by its own key")
         return request.der
 
@@ -2716,7 +2762,14 @@ class OpenSSL:
         sslclient or any."""
         fault = self._find_fault(pem, ca, purpose)
         if fault is not None:
+            self._check_itself()
             raise TrustError("the certificate is refused: " + fault)
+
+    def _check_itself(self) -> None:
+        """Before something is refused on openssl's word: could it have said yes? Raises ProgramError."""
+        if not self._is_tried:
+            self._is_tried = True  # first: this asks, too
+            self.try_out()
 
     def _find_fault(self, pem: bytes, ca: bytes, purpose: str) -> Optional[str]:
         """Why a certificate does not chain to one of the CAs, in openssl's words; None when it does."""
@@ -3975,6 +4028,18 @@ def _open_listener(address: str, port: int) -> socket.socket:
     return listener
 
 
+def check_addresses(addresses: tuple) -> list:
+    """Whether a server can listen on them by now, whatever the port: Findings."""
+    findings = []
+    for address in addresses:
+        try:
+            _open_listener(address, 0).close()
+        except OSError as error:
+            what = "cannot listen on %s: %s" % (address, error.strerror)
+            findings.append(Finding("FAIL", what, "bring the address up; the agent tries again by itself"))
+    return findings
+
+
 def take_passed_sockets() -> list:
     """The listening sockets that the service manager has opened for us (sd_listen_fds(3))."""
     pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
@@ -3999,15 +4064,17 @@ def take_passed_sockets() -> list:
 
 def _serves(listener: socket.socket, address: str, port: int) -> bool:
     """Whether an open socket listens on an address and port (0: any)."""
-    own = listener.getsockname()
-    if port not in (0, own[1]):
+    try:
+        own = listener.getsockname()
+        if port not in (0, own[1]) or not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return False
+        if ":" in address and own[3] and "%" not in own[0]:
+            own = (own[0] + "%" + socket.if_indextoname(own[3]), *own[1:])
+    except (OSError, IndexError):  # the interface of its zone has gone
         return False
     if listener.family == socket.AF_INET6 and own[0] == "::" and address == "0.0.0.0":
         return not listener.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
-    shown, _, zone = own[0].partition("%")
-    if ":" in address and len(own) == 4 and own[3] and not zone:
-        shown += "%" + socket.if_indextoname(own[3])
-    return address in (shown, own[0])
+    return address == own[0]
 
 
 class Listening(NamedTuple):
@@ -4076,9 +4143,8 @@ def open_listeners(addresses: tuple, port: int) -> list:
 class _Connection:
     """One accepted connection. `waiting`: we wait for the peer's bytes, so it may be sent away."""
 
-    def __init__(self, raw: socket.socket, address: str, port: int, admitted: Any) -> None:
+    def __init__(self, raw: socket.socket, address: str, port: int) -> None:
         self.raw = raw
-        self.admitted = admitted
         self.address = address
         self.port = port
         self.waiting = True
@@ -4103,7 +4169,6 @@ class ServerPolicy(NamedTuple):
     # when one of the two clocks may be wrong
     note: Callable
     refuse: Optional[Callable] = None  # (address, CtrlExecError) to Response, if it wants its own words
-    leave: Callable = lambda address, admitted: None  # it has ended; what `admit` said comes back
 
 
 def render_refusal(error: CtrlExecError) -> dict:
@@ -4221,8 +4286,8 @@ class Server:
             return  # gone again, or taken by the process that shares this socket during a reload
         # A socket for both families shows an IPv4 peer as ::ffff:10.0.0.5, which no allowlist means.
         address = name[0][7:] if name[0].startswith("::ffff:") and "." in name[0] else name[0]
-        connection = _Connection(raw, address, name[1], self._policy.admit(address))
-        if not connection.admitted:
+        connection = _Connection(raw, address, name[1])
+        if not self._policy.admit(address):
             raw.close()
             return
         with self._guard:
@@ -4270,7 +4335,6 @@ class Server:
     def _forget(self, connection: _Connection) -> None:
         with self._guard:
             self._connections.pop(connection, None)
-        self._policy.leave(connection.address, connection.admitted)
 
     # --- one connection ----------------------------------------------------------------------------------
 
@@ -4754,14 +4818,12 @@ def _rate_key(address: str) -> str:
     return socket.inet_pton(socket.AF_INET6, address.partition("%")[0])[:8].hex()
 
 
-CLOSED, OPEN, ALONE = 0, 1, 2  # what `AddressGate.admit` says
-
-
 class AddressGate:
     """Which addresses may connect now. Strangers are counted when their connection has come to nothing; an
     address that a trusted dispatcher has used is never blocked, so that no neighbour on the control host can
-    lock it out. A blocked address still has one connection at a time, because a dispatcher may come from
-    there. Tables are bounded and forget the oldest; a reload starts new ones, without blocks."""
+    lock it out. A blocked address may still try once every few seconds, because a dispatcher may come from
+    there: not one connection at a time, which somebody who says nothing could keep. Tables are bounded and
+    forget the oldest; a reload starts new ones, without blocks."""
 
     def __init__(
         self,
@@ -4780,34 +4842,31 @@ class AddressGate:
         self._events: dict = {}  # (kind, address): times of recent failures
         self._blocked: dict = {}  # address: until when
         self._trusted = {_rate_key(address): None for address in known}  # oldest first
-        self._alone: set = set()  # blocked addresses that have their one connection
+        self._tried: dict = {}  # blocked addresses: when each was let in last
         self._told: dict = {}  # addresses outside the allowlist that have been logged
 
-    def admit(self, address: str) -> int:
-        """Whether a connection from here is looked at: CLOSED, OPEN, or ALONE, for which `leave` is due."""
+    def admit(self, address: str) -> bool:
+        """Whether a connection from here is looked at."""
         if self._allowed and not self._is_allowed(address):
             with self._guard:
                 is_new = self._put(self._told, address, None)
             if is_new:
                 LOG.event("ip-block", PEER=address)
-            return CLOSED
+            return False
         key = _rate_key(address)
         if self._disabled or key in self._trusted:
-            return OPEN
+            return True
         with self._guard:
             if self._blocked.get(key, 0) <= time.monotonic():
                 self._blocked.pop(key, None)
-                return OPEN
-            if key in self._alone:
-                return CLOSED
-            self._alone.add(key)
-            return ALONE
+                return True
+            if self._tried.get(key, -TRY_SECONDS) > time.monotonic() - TRY_SECONDS:
+                return False
+            self._put(self._tried, key, time.monotonic())
+            return True
 
-    def leave(self, address: str, admitted: int) -> None:
-        """A connection has ended for which `admit` said this."""
-        if admitted == ALONE:
-            with self._guard:
-                self._alone.discard(_rate_key(address))
+    def is_blocked(self, address: str) -> bool:
+        return self._blocked.get(_rate_key(address), 0) > time.monotonic()
 
     def trust(self, address: str) -> None:
         """A trusted dispatcher has just proved itself from here."""
@@ -4984,6 +5043,8 @@ def load_allowlist(path: str, profiles: dict) -> tuple:
             )
         if line.key in scripts:
             raise ConfigError("%s: `%s` is there twice" % (where, line.key))
+        if line.key in GUARDS:  # here it would be a script that anybody may run
+            raise ConfigError("%s: `%s` is a key of agent.conf, and no name for a script" % (where, line.key))
         scripts[line.key] = _parse_script(line, where, profiles, warnings)
     return scripts, tuple(warnings)
 
@@ -5110,6 +5171,7 @@ class RunRecord(NamedTuple):
     pid: int  # of the script, which leads its own session and process group
     birth: str = ""  # of that process, see Process
     supervisor: int = 0  # the process that watches it; means nothing unless the run is claimed
+    supervisor_birth: str = ""  # of that process, see Process; not in records of older releases
     finished: str = ""
     exit: int = -1
     signal: str = ""
@@ -5175,6 +5237,18 @@ def find_record(store: RunStore, owner: str, reqid: str) -> Optional[RunRecord]:
 # that back when it dies, however it dies. A record that says `running` without a claim was interrupted.
 
 
+def _open_claim(path: str) -> tuple:
+    """(descriptor, whether it can be written) of a run's .out file. Raises OSError. On a disk that has become
+    read-only, whether the run lives can be seen all the same."""
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(path, flags, 0o640), True
+    except OSError as error:
+        if error.errno != errno.EROFS or not os.path.exists(path):
+            raise
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), False
+
+
 def claim_run(store: RunStore, owner: str, reqid: str) -> int:
     """The descriptor of a run's .out file, locked, or -1 when another process has claimed the run.
 
@@ -5185,13 +5259,13 @@ def claim_run(store: RunStore, owner: str, reqid: str) -> int:
     make_directory(os.path.dirname(path), 0o750, store.file_owner)
     while True:
         try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
+            descriptor, is_new = _open_claim(path)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(descriptor)
                 return -1
-            if store.file_owner is not None:
+            if store.file_owner is not None and is_new:
                 os.fchown(descriptor, store.file_owner.uid, store.file_owner.gid)
         except OSError as error:
             raise StorageError("cannot write %s: %s" % (path, error.strerror)) from error
@@ -5592,7 +5666,6 @@ class Stage:
             for number in range(3):
                 os.dup2(theirs[number], number)  # all our other descriptors are close-on-exec
             reset_signals()
-            survive_hangup()
             set_title("cea: script")
             os.umask(0o022)
             os.chdir("/")
@@ -5822,11 +5895,14 @@ class _Watch:
         self._signal_all(signal.SIGTERM)
 
     def _signal_all(self, number: int) -> None:
-        try:
-            os.killpg(self._script.pid, number)
-        except (ProcessLookupError, PermissionError):
-            pass
-        send_signal(number, [one for one in self._find_all() if one.group != self._script.pid])
+        if self.wait_status is None:  # once it is reaped, its number may be another group's
+            try:
+                os.killpg(self._script.pid, number)
+            except (ProcessLookupError, PermissionError):
+                pass
+        is_told = self.wait_status is None
+        left = self._find_all()
+        send_signal(number, [one for one in left if not (is_told and one.group == self._script.pid)])
 
 
 # --- the supervisor -------------------------------------------------------------------------------------
@@ -5843,9 +5919,15 @@ def adopt_orphans() -> None:
     ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
 
 
-def _is_supervisor(process: Optional[Process]) -> bool:
-    """Whether it looks like one of ours, of this release or of an older one."""
-    return process is not None and process.pid == process.session and is_own_title(process.name)
+def _find_birth(pid: int) -> str:
+    process = find_process(pid)
+    return process.birth if process else ""
+
+
+def _has_supervisor(record: RunRecord) -> bool:
+    """Whether a run's supervisor lives, and is not another process that has got its number since. Without its
+    birth (in records of older releases, and where there is no /proc) nothing is believed of the number."""
+    return bool(record.supervisor_birth) and _find_birth(record.supervisor) == record.supervisor_birth
 
 
 def find_run_processes(record: RunRecord) -> list:
@@ -5859,7 +5941,7 @@ def find_run_processes(record: RunRecord) -> list:
     leader = find_process(record.pid)
     is_ours = leader is not None and leader.birth == record.birth
     found = {}
-    if record.supervisor and _is_supervisor(find_process(record.supervisor)):
+    if _has_supervisor(record):
         found = {process.pid: process for process in list_descendants(record.supervisor)}
     for process in list_processes():
         if (is_ours and process.session == record.pid) or process.has_variables(marks):
@@ -5907,7 +5989,7 @@ def settle_run(store: RunStore, record: RunRecord) -> RunRecord:
         if latest is None or latest.status == "done":
             return latest or record
         _end_run(latest)
-        reason = "interrupted: the process that watched it was killed, and its output after that is lost"
+        reason = "interrupted: the process that watched it ended without recording how; output may be lost"
         latest = latest._replace(
             status="done", interrupted=True, finished=iso_time(now()), exit=126, error=reason
         )
@@ -5965,7 +6047,12 @@ def _acquire_slot(rules: JobRules, name: str) -> Optional[FileLock]:
     lock = FileLock(os.path.join(rules.locks_dir, name))
     try:
         make_directory(rules.locks_dir, 0o700)
-        return lock if lock.acquire() else None
+        if not lock.acquire():
+            return None
+        if read_lock(os.path.join(rules.spare_dir, "locks", name)) is None:
+            return lock
+        lock.release()  # one that began when the disk had no room is still running
+        return None
     except StorageError:  # it was never made, so nobody holds it
         if rules != _spare_rules(rules):
             raise
@@ -6118,7 +6205,7 @@ class Job:
         self.record = RunRecord(
             request.reqid, request.owner, request.script, self._rules.host, request.username,
             request.peer_ip, "running", iso_time(now()), stage.pid, process.birth if process else "",
-            os.getpid(),
+            os.getpid(), _find_birth(os.getpid()),
         )  # fmt: skip
         try:
             write_record(self._rules.store, self.record, new=True)
@@ -6176,15 +6263,27 @@ class Job:
             leave_cgroup(self._cgroup)
 
     def drain(self) -> None:
-        """Take what background processes of the run still write, to nowhere, for as long as they live: else
-        SIGPIPE would end a daemon whose output was not redirected at its first word."""
+        """Leave a process that takes what background processes of the run still write, to nowhere, for as
+        long as they live: else SIGPIPE would end a daemon at its first word if nobody had redirected its
+        output. The parent ends, and so gives up those that it has adopted."""
         if not self._left_open:
             return
+        try:
+            if os.fork():
+                return
+        except OSError:  # then this process does it
+            pass
+        try:
+            self._take_all()
+        finally:
+            os._exit(0)
+
+    def _take_all(self) -> None:
         set_title("cea: drain")
         nowhere = os.open(os.devnull, os.O_RDWR)
         for number in (0, 1, 2):  # nobody who waits for the end of the agent's output is to wait for a daemon
             os.dup2(nowhere, number)
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps those that we have adopted
+        close_descriptors(self._left_open)
         poller = select.poll()
         for descriptor in self._left_open:
             poller.register(descriptor, select.POLLIN)
@@ -6192,7 +6291,6 @@ class Job:
             for descriptor, _ in poller.poll():
                 if not os.read(descriptor, 65536):
                     poller.unregister(descriptor)
-                    os.close(descriptor)
                     self._left_open.remove(descriptor)
         if self._cgroup:
             leave_cgroup(self._cgroup)
@@ -6414,14 +6512,21 @@ def _serve_follow(channel: socket.socket, rules: JobRules, request: JobRequest) 
     _follow_run(channel, rules.store, _get_record(rules, request), offsets)
 
 
+def _is_older_supervisor(record: RunRecord) -> bool:
+    """Whether it looks like a supervisor of a release that did not record its birth."""
+    process = find_process(record.supervisor) if not record.supervisor_birth else None
+    return process is not None and process.pid == process.session and is_own_title(process.name)
+
+
 def _ask_supervisor(store: RunStore, record: RunRecord) -> None:
     """Ask a run's supervisor to end it. A claim means that it lives, so that its number is nobody else's; but
     whoever settles the run of a dead one holds that claim as well, for a moment."""
-    if not _is_supervisor(find_process(record.supervisor)):
+    if not _has_supervisor(record) and not _is_older_supervisor(record):
         return
     if is_claimed(record_path(store, record.owner, record.reqid, STREAMS["stdout"])):
         try:
             os.kill(record.supervisor, signal.SIGUSR1)
+            os.kill(record.supervisor, signal.SIGCONT)  # its script may have stopped it
         except OSError:  # it has just ended
             pass
 
@@ -6494,6 +6599,10 @@ def serve_job(control: socket.socket, rules: JobRules, tasks: dict, note: Callab
         send_pieces(channel, [encode_json(dict(refusal, error=error.message)) + b"\n"])
     channel.close()
     sweep_records(rules.store)
+    if rules.cgroup:
+        for entry in os.scandir(rules.cgroup):  # of runs whose daemons have ended since
+            if entry.name.startswith("run-"):
+                leave_cgroup(entry.path)
 
 
 # ======================================================================================================
@@ -6579,7 +6688,6 @@ def _fork_child(title: str, life: Callable, *descriptors: int) -> int:
     status = EXIT_BUG
     try:
         reset_signals()
-        survive_hangup()
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         os.setsid()
         set_title(title)
@@ -6799,7 +6907,6 @@ class Executor:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the parent to act on
             signal.signal(signal.SIGTERM, lambda *_: None)  # a handler, because hooks would inherit SIG_IGN
             signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-            survive_hangup()
             set_title("cea: front")
             listening = [listener.fileno() for listener in self._bundle.listening.sockets]
             close_descriptors([theirs.fileno(), LOG.descriptor(), *listening])
@@ -7449,7 +7556,7 @@ class Front:
         """Serve until the executor says so or is gone; returns the exit status of the process."""
         become_user(AGENT_USER)
         raise_descriptor_limit()
-        policy = ServerPolicy(self._gate.admit, self._note, leave=self._gate.leave)
+        policy = ServerPolicy(self._gate.admit, self._note)
         server = Server(
             list(self._bundle.listening.sockets),
             self._bundle.context,
@@ -7470,7 +7577,7 @@ class Front:
     def _note(self, address: str, failure: str, reason: str, sock: Any) -> None:
         if getattr(sock, "is_self_ping", False):
             return  # it must not lock itself out
-        if failure in ("tls", "clock"):
+        if failure in ("tls", "clock") and not self._gate.is_blocked(address):
             LOG.event("tls-failure", PEER=address, REASON=reason)
         if failure == "clock":  # of our CA, so no stranger's; when the clock is right, it is to get through
             return
@@ -7678,7 +7785,10 @@ class Front:
         with theirs:
             socket.send_fds(self._control, [b"job"], [theirs.fileno()])
         ours.settimeout(WRITE_SECONDS)
-        send_job(ours, job._replace(serial=peer.cert.serial, peer_ip=peer.address))
+        try:
+            send_job(ours, job._replace(serial=peer.cert.serial, peer_ip=peer.address))
+        except OSError:  # it was refused before it was read: the answer says why
+            pass
         poller = select.poll()
         poller.register(ours.fileno(), select.POLLIN)
         poller.register(peer.sock.fileno(), select.POLLRDHUP)
@@ -7909,6 +8019,7 @@ def check_agent(config: Config) -> list:
         *_check_agent_identity(config),
         *_check_trust(config),
     ]
+    findings += check_addresses(config.bind)
     for directory in dict.fromkeys((config.default_path(AGENT_VAR), config.runs_dir)):
         findings += check_room(directory)
     return findings + check_places(_agent_places(config)) + _check_allowlist(config)
@@ -8653,7 +8764,7 @@ def _is_opened(commit: str, reveal: str, offer: PairingOffer) -> bool:
 
 
 def _check_offer(fields: dict, commit: str) -> None:
-    if not HOST_NAME.fullmatch(fields["hostname"]):
+    if not HOST_NAME.fullmatch(fields["hostname"]) or is_ip_address(fields["hostname"]):
         raise BadRequest("field `hostname` is not a host name", "hostname")
     if not re.fullmatch(r"[0-9a-f]{%d}" % (2 * NONCE_BYTES), fields["nonce"]):
         raise BadRequest("field `nonce` must be %d bytes as hex" % NONCE_BYTES, "nonce")
@@ -8692,7 +8803,7 @@ class PairingFront:
         def count(address: str, *_: object) -> None:
             self._gate.count(address, "volume")
 
-        policy = ServerPolicy(self._gate.admit, count, leave=self._gate.leave)
+        policy = ServerPolicy(self._gate.admit, count)
         server = Server(listeners, context, self.handle, policy, 256, MAX_PAIRING_BODY)
         server.serve(self._control.fileno())
         server.drain(1)
@@ -9087,7 +9198,7 @@ def approve_pairing(
     TrustError when the name is taken, StorageError, ProgramError.
     """
     name = approval.name or request.hostname
-    if not HOST_NAME.fullmatch(name):
+    if not HOST_NAME.fullmatch(name) or is_ip_address(name):
         raise UsageError("%s is not a host name" % one_line(name))
     check_ip_address(approval.ip)
     openssl.check_request(request.csr)
@@ -12331,14 +12442,18 @@ class _ApiSignals:
         signal.set_wakeup_fd(self._signalled)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
-        signal.signal(signal.SIGHUP, lambda *_: reload())
+        self._reload = reload
+        signal.signal(signal.SIGHUP, lambda *_: None)  # not here: a second one would come in the middle of it
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
 
     def wake(self) -> None:
         os.write(self._signalled, b"\0")
 
     def is_told_to_stop(self) -> bool:
-        return not {signal.SIGTERM, signal.SIGINT}.isdisjoint(os.read(self.descriptor, 512))
+        caught = set(os.read(self.descriptor, 512))
+        if signal.SIGHUP in caught:
+            self._reload()
+        return not caught.isdisjoint({signal.SIGTERM, signal.SIGINT})
 
 
 def api_lock_path(config: Config) -> str:
@@ -13546,7 +13661,7 @@ def cmd_request_pairing(args: Any, config: Config) -> int:
         warn("cea: everybody on this host can see a token on the command line; use CTRL_EXEC_PAIRING_TOKEN")
         token = args.token
     name = args.name or socket.gethostname()
-    if not HOST_NAME.fullmatch(name):
+    if not HOST_NAME.fullmatch(name) or is_ip_address(name):
         raise UsageError("%s is not a host name" % one_line(name[:300]), "give one with --name")
     if args.ca_fingerprint and not re.fullmatch(r"[0-9a-fA-F]{64}", args.ca_fingerprint.replace(":", "")):
         raise UsageError("--ca-fingerprint expects 64 hex digits", "pairing-mode shows them")

@@ -284,7 +284,7 @@ def test_a_client_that_is_sent_away_just_before_its_handshake_is_no_crash(deploy
     with socket.create_server(("127.0.0.1", 0)) as listener:
         with socket.create_connection(listener.getsockname()):
             raw, name = listener.accept()
-            connection = ctrl_exec._Connection(raw, *name, True)
+            connection = ctrl_exec._Connection(raw, *name)
             server._serve_connection(connection)
     assert noted == [("127.0.0.1", "silent")]
 

@@ -540,7 +540,8 @@ def test_a_run_leaves_a_record_without_arguments_or_token(site):
     answer = site.run("both", "argument-canary", reqid=reqid, username="ann", token="token-canary")
     directory = os.path.join(site.host.config.runs_dir, "control")
     record = site.host.record(reqid)
-    assert record.pop("pid") > 0 and record.pop("supervisor") > 0 and record.pop("birth")
+    assert record.pop("pid") > 0 and record.pop("supervisor") > 0
+    assert record.pop("birth") and record.pop("supervisor_birth")
     assert record == {
         "reqid": reqid, "owner": "control", "script": "both", "host": "solo", "username": "ann",
         "peer_ip": "127.0.0.1", "status": "done", "started": answer["started"],

@@ -66,11 +66,30 @@ def test_a_guard_in_the_file_of_the_other_role_is_an_error(load):
         ("agent", "strictmodes", "strict_modes"), ("agent", "revoked_serial", "revoked_serials"),
         ("agent", "rate_limit_volumes", "rate_limit_volume"), ("agent", "ratelimit_probe", "rate_limit_probe"),
         ("dispatcher", "auth_hooks", "auth_hook"), ("dispatcher", "api_auth_defaults", "api_auth_default"),
-        ("dispatcher", "pairing_rate_limit", "pairing_rate_limit_"),
+        ("agent", "binds", "bind"), ("agent", "rate_limits", "rate_limit_"), ("agent", "revoked_list", "revoked_serials"),
+        ("dispatcher", "api_certs", "api_cert"),
     ],
 )  # fmt: skip
 def test_a_guard_that_is_misspelt_is_an_error(load, role, word, meant):
     assert "unknown key `%s`; did you mean %s" % (word, meant) in refusal(load, role, word + " = 1\n")
+
+
+@pytest.mark.parametrize("word", ["allowed_ip", "Allowed-IPs", "strict_mode", "auth_hooks"])
+def test_a_guard_that_is_misspelt_below_tags_is_no_tag(load, word):
+    assert "did you mean" in refusal(load, "agent", "[tags]\n%s = 1\n" % word)
+
+
+@pytest.mark.parametrize("line", ["allowed_ips = ,", "bind = , ,"])
+def test_a_list_of_nothing_but_separators_is_no_empty_list(load, line):
+    assert "nothing is in the list" in refusal(load, "agent", line + "\n")
+
+
+@pytest.mark.parametrize("key", ["auth_hook", "script_dirs", "revoked_serials", "trusted_dispatchers_path"])
+def test_a_guard_in_the_allowlist_is_no_script(tmp_path, key):
+    path = tmp_path / "scripts.conf"
+    path.write_text("%s = /bin/true\n" % key)
+    with pytest.raises(ctrl_exec.ConfigError, match="is a key of agent.conf, and no name for a script"):
+        ctrl_exec.load_allowlist(str(path), ctrl_exec.build_profiles({}))
 
 
 def test_a_mark_at_the_beginning_of_a_file_is_skipped(load, tmp_path):
@@ -235,6 +254,20 @@ def test_what_is_no_address_is_refused_when_it_is_given(fresh, text):
     fields = {"hostname": "h", "nonce": "0" * 64, "lookup_by": "", "version": "1", "ip": text}
     with pytest.raises(ctrl_exec.BadRequest):
         ctrl_exec._check_offer(fields, "")
+
+
+def test_an_address_is_no_name_for_a_host(fresh):
+    deployment = fresh(start=False)
+    done = deployment["solo"].run("request-pairing", "--dispatcher", "127.0.0.1:1", "--name", "10.0.0.9")
+    assert done.returncode == 2 and "10.0.0.9 is not a host name" in done.err
+    fields = {"hostname": "10.0.0.9", "nonce": "0" * 64, "lookup_by": "", "version": "1", "ip": ""}
+    with pytest.raises(ctrl_exec.BadRequest, match="hostname"):
+        ctrl_exec._check_offer(fields, "")
+
+
+def test_self_check_finds_an_address_that_is_not_up():
+    (finding,) = ctrl_exec.check_addresses(("127.0.0.1", "192.0.2.77"))
+    assert finding.level == "FAIL" and "192.0.2.77" in finding.what
 
 
 @pytest.mark.parametrize("text", ["10.0.0.1", "::1", "fe80::1%eth0", "2001:db8::2", ""])
