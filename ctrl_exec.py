@@ -1702,6 +1702,14 @@ def parse_api_default(text: str) -> str:
     return text
 
 
+def parse_host_names(text: str) -> tuple:
+    """Host names separated by commas or spaces."""
+    names = tuple(part for part in re.split(r"[,\s]+", text) if part)
+    if not all(HOST_NAME.fullmatch(name) for name in names):
+        raise ValueError("host names such as control.example.com")
+    return names
+
+
 def parse_api_hook(text: str) -> str:
     if text not in ("both", "operation"):
         raise ValueError("both or operation")
@@ -1847,6 +1855,13 @@ SETTINGS = (
     Setting("dispatcher", "pairing_rate_limit_volume", parse_rate, "10/60/300", "connections per address"),
     Setting("dispatcher", "pairing_rate_limit_disable", parse_yes_no, "no", "no rate limit while pairing"),
     Setting("dispatcher", "api_port", parse_port, str(API_PORT), "port of the HTTP API"),
+    Setting(
+        "dispatcher",
+        "api_names",
+        parse_host_names,
+        "",
+        "names that the HTTP API is asked by, besides localhost, its addresses and the host's own name",
+    ),
     Setting("dispatcher", "api_bind", parse_addresses, "127.0.0.1", "addresses of the HTTP API"),
     Setting(
         "dispatcher", "api_cert", parse_optional_path, "", "TLS certificate of the HTTP API (empty: no TLS)"
@@ -11949,18 +11964,25 @@ def _follow(dispatcher: Dispatcher, record: RequestRecord, left: dict, feed: _Fe
 # --- what is asked, and by whom -------------------------------------------------------------------------
 
 
-def _check_browser(request: Request) -> None:
-    """No web page but our own host's makes requests here, whatever its reader's browser could reach."""
+def _check_browser(request: Request, names: tuple) -> None:
+    """No web page but our own host's makes requests here, whatever its reader's browser could reach: a page
+    from elsewhere can give its name our address (DNS rebinding), and the browser then says that name as Host.
+
+    Raises BadRequest, Denied.
+    """
     host = request.headers.get("host")
-    if host is None and request.version == "1.1":
-        raise BadRequest("a request needs a Host header (RFC 9112 section 3.2)")
+    if host is None:
+        if request.version == "1.1":
+            raise BadRequest("a request needs a Host header (RFC 9112 section 3.2)")
+        return  # HTTP/1.0: no browser
+    name = re.sub(r":[0-9]+\Z", "", host.lower())
+    is_address = bool(re.fullmatch(r"localhost|[0-9.]{7,15}|\[[0-9a-f:.]+\]", name))
+    own = (socket.gethostname().lower(), *(known.lower() for known in names))
+    if not is_address and name.rstrip(".") not in own:
+        raise Denied("the Host %s is not a name of this API; api_names gives it more" % one_line(name[:80]))
     origin = request.headers.get("origin")
-    own = ["%s://%s" % (scheme, str(host).lower()) for scheme in ("http", "https")]
-    # by address only: to a name, a page from elsewhere can give our address (DNS rebinding)
-    is_address = re.fullmatch(
-        r"localhost|[0-9.]{7,15}|\[[0-9a-f:.]+\]", re.sub(r":[0-9]+\Z", "", str(host).lower())
-    )
-    if origin is not None and (origin.lower() not in own or not is_address):
+    allowed = ["%s://%s" % (scheme, host.lower()) for scheme in ("http", "https")]
+    if origin is not None and (origin.lower() not in allowed or not is_address):
         raise Denied("web pages from elsewhere are refused")
 
 
@@ -11993,10 +12015,11 @@ class _Call:
         self.token = ""
         self.reqid = new_id()  # or that of the run it is about
 
-    def read(self) -> None:
-        """Find out what is asked for. Raises BadRequest, NotFound, MethodNotAllowed, UnsupportedMedia."""
+    def read(self, names: tuple) -> None:
+        """Find out what is asked for, by whatever of our names. Raises BadRequest, Denied, NotFound,
+        MethodNotAllowed, UnsupportedMedia."""
         request = self.request
-        _check_browser(request)
+        _check_browser(request, names)
         self.operation, argument = find_route(OPERATIONS, request)
         self.reqid = argument or self.reqid
         if request.body and not _is_json(request.headers.get("content-type", "")):
@@ -12089,7 +12112,7 @@ class Api:
         call = _Call(peer.address, request)
         self._metrics.add("ctrl_exec_api_requests_in_progress")
         try:
-            call.read()
+            call.read(self._config.api_names)
             response = self._handlers[call.operation.name](call)
         except CtrlExecError as error:
             response = _render_refusal(error)

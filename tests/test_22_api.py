@@ -392,7 +392,7 @@ def test_http_1_0_is_answered_and_closed(api):
 def test_expect_continue_is_answered(api):
     body = json.dumps({"hosts": ["alpha"]}).encode()
     with api.connect() as sock:
-        head = "POST /ping HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nExpect: 100-continue\r\n"
+        head = "POST /ping HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nExpect: 100-continue\r\n"
         sock.sendall((head + "Content-Length: %d\r\n\r\n" % len(body)).encode())
         assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
         sock.sendall(body)
@@ -833,6 +833,29 @@ def test_an_api_on_a_read_only_disk_serves_what_it_can(fresh):
         subprocess.run(["umount", "-l", state], check=True)
 
 
+@pytest.fixture(scope="module")
+def named(deployment):
+    with ApiServer(deployment.control, "named", ALLOW + "api_names = control.example.com, other\n") as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    "host, is_own",
+    [
+        ("localhost", True), ("127.0.0.1:7445", True), ("[::1]:7445", True), ("control.example.com:80", True),
+        ("CONTROL.example.com.", True), (socket.gethostname(), True), ("evil.example.com", False),
+        ("localhost.evil.example", False), ("127.0.0.1.evil.example", False), ("", False), ("a b", False),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("path", ["/health", "/", "/discovery", "/openapi.json", "/nothing"])
+def test_a_name_that_is_not_ours_is_refused_on_every_request(named, host, is_own, path):
+    reply = named.call("GET", path, Host=host)
+    if is_own:
+        assert reply.status == (404 if path == "/nothing" else 200), reply.json
+    else:
+        assert reply.status in (400, 403) and reply.json["ok"] is False
+
+
 def test_a_dangerous_configuration_is_warned_of(deployment):
     conf = ALLOW + "api_bind = 127.0.0.1, 0.0.0.0\n"
     config = ApiServer(deployment.control, "open", conf).config
@@ -895,7 +918,7 @@ def test_an_unforeseen_failure_tells_the_peer_an_id_and_the_log_the_rest(api, tm
     log.open("test", str(tmp_path / "log"))
     one = ctrl_exec.Api(api.config)
     monkeypatch.setattr(one, "dispatcher", lambda: {}["secret"])
-    request = ctrl_exec.Request("GET", "/runs", {}, "1.1", {"host": "x"}, b"")
+    request = ctrl_exec.Request("GET", "/runs", {}, "1.1", {"host": "localhost"}, b"")
     response = one.handle(ctrl_exec.Peer("10.0.0.1", 1, None), request)
     assert response.status == 500 and "secret" not in json.dumps(response.body)
     assert "REQID=" + response.body["reqid"] in (tmp_path / "log").read_text()
