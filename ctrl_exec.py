@@ -7451,11 +7451,6 @@ def load_bundle(config_path: str, root: str, previous: Optional[Bundle], given: 
         revoked = None
     identity = get_agent_identity(config)
     context = new_server_context(identity, verify_clients=True, group=AGENT_USER)
-    try:
-        _recognise_self_ping(context, config)
-    except StorageError as error:  # then self-ping is a stranger
-        LOG.event("config-warn", MESSAGE=error.message)
-        faults.append(error.message)
     info = read_certificate(identity.cert)
     host = info.names[0] if info.names else info.common_name
     refused = trusted if revoked is None else revoked
@@ -7470,6 +7465,11 @@ def load_bundle(config_path: str, root: str, previous: Optional[Bundle], given: 
             LOG.event("config-warn", MESSAGE="script %s will be refused: %s" % (script.name, error.message))
     already = given.sockets if previous is None else previous.listening.sockets
     listening = _listen(config, already, () if previous is None else previous.listening.faults)
+    try:
+        _recognise_self_ping(context, config)  # last: a reload that fails leaves the secret that is in force
+    except StorageError as error:  # then self-ping is a stranger
+        LOG.event("config-warn", MESSAGE=error.message)
+        faults.append(error.message)
     return Bundle(
         config, listening, context, rules, trusted, revoked, find_agent_hook(config), host,
         iso_time(info.not_after), tuple(faults), _list_addresses(config),
@@ -9765,8 +9765,13 @@ def fan_out(agents: list, work: Callable, parallel: int) -> Iterator[HostResult]
                 results.put(error)  # for the caller, whom a result that never comes would hold for ever
 
     try:
-        for _ in range(min(parallel, len(agents))):
-            threading.Thread(target=labour, daemon=True).start()
+        for number in range(min(parallel, len(agents))):
+            try:
+                threading.Thread(target=labour, daemon=True).start()
+            except RuntimeError:  # can't start new thread: the others do the work
+                if not number:
+                    raise Unavailable("cannot start a thread; try again later") from None
+                break
         for _ in agents:
             result = results.get()
             if isinstance(result, BaseException):
@@ -12621,7 +12626,7 @@ def warn(text: str, end: str = "\n") -> None:
     and the exit status says how it went."""
     if sys.stderr is not None:
         try:
-            sys.stderr.write(text + end)
+            sys.stderr.write(printable(text) + end)  # file names that others choose are among what is said
             sys.stderr.flush()
         except OSError:
             pass

@@ -350,3 +350,43 @@ def test_history_is_in_the_order_of_starting_within_a_second_too(deployment):
     assert [reqid for reqid in shown if reqid in began] == began[::-1]
     (last,) = control.json("history", "--last", "1")[1]["runs"]
     assert last["reqid"] == began[-1]
+
+
+# --- small things that were not what they said ----------------------------------------------------------
+
+
+def test_a_file_name_that_steers_a_terminal_is_shown_as_text(fresh):
+    control = fresh(start=False).control
+    with open(os.path.join(control.config.registry_dir, "x\033[2Jy.json"), "w", encoding="ascii") as file:
+        file.write("{")
+    done = control.run("list-agents")
+    assert "\033" not in done.out + done.err
+
+
+def test_a_reload_that_fails_leaves_self_ping_as_it_was(fresh):
+    deployment = fresh(start=False)
+    solo = deployment["solo"]
+    solo.configure("rate_limit_volume = 2/60/300\n")
+    solo.start()
+    solo.allow("broken line\n")
+    assert "kept the old" in solo.reload()
+    before = len(solo.events("rate-block"))
+    for _ in range(5):
+        assert solo.run("self-ping").returncode == 0
+    assert len(solo.events("rate-block")) == before
+
+
+def test_a_fan_out_goes_on_with_the_threads_that_it_has(monkeypatch):
+    import threading
+
+    real, started = threading.Thread.start, []
+
+    def start(self):
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(self)
+        real(self)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    done = list(ctrl_exec.fan_out(list(range(20)), lambda one: one, 8))
+    assert sorted(done) == list(range(20)) and len(started) == 2

@@ -180,7 +180,9 @@ def in_namespace(shell, cwd="/"):
     """The demo in a mount namespace of its own, after some shell."""
     copy = "mount -t tmpfs none /srv\ncp %s /srv\n" % shlex.quote(PROGRAM)  # which may lie in /tmp
     argv = ["unshare", "--mount", "sh", "-ec", copy + shell + '\ncd %s\nexec "$@"' % cwd, "sh"]
-    argv += [sys.executable, "-I", "/srv/" + os.path.basename(PROGRAM), "demo"]
+    # not the one of a virtual environment, which may lie in /tmp as well
+    python = getattr(sys, "_base_executable", None) or sys.executable
+    argv += [python, "-I", "/srv/" + os.path.basename(PROGRAM), "demo"]
     env = {"PATH": ctrl_exec.SAFE_PATH, "LC_ALL": "C", "HOME": "/mnt"}
     return subprocess.run(argv, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
 
