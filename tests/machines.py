@@ -114,7 +114,8 @@ def find_obstacle(systemd=False):
 class Machine:
     """A tree as a machine of its own, with only a loopback for a network; all of it is forgotten at the end.
 
-    `beside` another machine it shares that one's network. With `systemd` that is the first process."""
+    `beside` another machine it shares that one's network. With `systemd` that is the first process.
+    Raises trees.Unavailable."""
 
     def __init__(self, tree, name, beside=None, systemd=False):
         self.name = name
@@ -140,7 +141,8 @@ class Machine:
         if said != b"ready\n":
             self.close()
             self._log.seek(0)
-            raise AssertionError("a machine did not start: " + self._log.read().decode("utf-8", "replace"))
+            said = self._log.read().decode("utf-8", "replace").strip()
+            raise trees.Unavailable("a machine cannot be set up here: " + said)
         with open("/proc/%d/task/%d/children" % ((self._holder.pid,) * 2), encoding="ascii") as file:
             self.pid = int(file.read())
         self._copy_checkout()
@@ -218,12 +220,11 @@ class Machine:
 
 
 def boot(name, **how):
-    """A machine with this tree; the test is skipped where there is none, with the reason."""
+    """A machine with this tree. Where there can be none, the test is skipped, for a reason that says why."""
     try:
-        tree = trees.find_tree(name)
+        return Machine(trees.find_tree(name), name.partition("-")[0], **how)
     except trees.Unavailable as error:
         pytest.skip(str(error))
-    return Machine(tree, name.partition("-")[0], **how)
 
 
 def pair(control, host, ced=("ced",), *options):

@@ -116,7 +116,7 @@ def site(request):
 
 @pytest.fixture(autouse=True)
 def running(site):
-    """Whatever became of the test before, both services run when one begins, with ports that systemd holds."""
+    """Whatever became of the test before, when one begins both services run, on ports that systemd holds."""
     units = [unit + kind for unit in (AGENT, API) for kind in (".socket", ".service")]
     if any(site.show("ActiveState", unit) != "active" for unit in units):
         site.systemctl("stop", *units)

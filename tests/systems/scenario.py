@@ -258,6 +258,7 @@ def step_run():
 
 
 def step_run_as_another_user():
+    assert run_script("who") == "ctrl-exec-script\nctrl-exec-script\n"  # it has no profile
     assert run_script("who-web") == "www-data\nwww-data\n"
 
 
