@@ -1083,3 +1083,15 @@ def test_the_fingerprint_is_the_one_openssl_prints(ca):
     printed = tool("x509", "-noout", "-fingerprint", "-sha256", "-in", ca.cert).decode()
     ours = ctrl_exec.fingerprint(ctrl_exec.read_certificate_der(ca.cert))
     assert ours == printed.split("=")[1].strip().replace(":", "").lower()
+
+
+def test_a_place_for_temporary_files_that_cannot_be_written_is_named(ca, monkeypatch):
+    import tempfile
+
+    def refuse(*_, **__):
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    with pytest.raises(ctrl_exec.StorageError) as caught:
+        ca.sign(ca.ask(), "web-1")
+    assert "temporary files" in caught.value.message and "TMPDIR" in caught.value.hint

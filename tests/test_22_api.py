@@ -707,7 +707,7 @@ def test_with_a_certificate_it_speaks_tls_to_who_has_none(start):
     with api:
         assert api.run_script(["alpha"], "hello").status == 200
         with socket.create_connection(("127.0.0.1", api.port), 20) as plain:
-            plain.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            plain.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             try:
                 assert b"HTTP" not in plain.recv(100)
             except ConnectionResetError:

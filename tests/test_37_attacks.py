@@ -334,7 +334,7 @@ def test_readers_that_take_nothing_do_not_keep_others_out(api):
         sock = support.socket.socket()
         sock.setsockopt(support.socket.SOL_SOCKET, support.socket.SO_RCVBUF, 2048)
         sock.connect(("127.0.0.1", api.port))
-        sock.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 300)
+        sock.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 300)
         slow.append(sock)
     assert [api.call("GET", "/health").status for _ in range(5)] == [200] * 5
     for sock in slow:
@@ -351,7 +351,10 @@ def test_who_may_not_ask_costs_no_search_for_hosts(api):
 def test_a_page_from_a_name_that_points_here_is_refused(api, host):
     headers = {"Host": host, "Origin": "http://" + host, "Content-Type": "application/json"}
     reply = api.call("POST", "/ping", {"hosts": ["solo"]}, **headers)
-    assert (reply.status, json.loads(reply.body)["error"]) == (403, "web pages from elsewhere are refused")
+    error = json.loads(reply.body)["error"]
+    assert reply.status == 403 and error.startswith("the Host %s is not a name of this API" % host.partition(":")[0])
+    own = api.call("POST", "/ping", {"hosts": ["solo"]}, **dict(headers, Host="localhost"))  # only Origin is foreign
+    assert (own.status, json.loads(own.body)["error"]) == (403, "web pages from elsewhere are refused")
 
 
 # --- what first use found ----------------------------------------------------------------------------------------

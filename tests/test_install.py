@@ -1181,12 +1181,21 @@ def test_what_is_really_installed_pairs_and_answers_with_its_front_as_the_servic
     support.wait_for_port(agent_port)
     ping = machine.installed("ced", "ping", "solo", "--json")
     assert ping.returncode == 0, ping.stdout + ping.stderr
-    with open("/proc/%d/task/%d/children" % (agent.pid, agent.pid), encoding="ascii") as file:
-        statuses = [read("/proc/%s/status" % child) for child in file.read().split()]
     wanted = machine.ids("/etc/passwd")["ctrl-exec-agent"]
-    users = [re.search(r"(?m)^Uid:\s+(\d+)\s+(\d+)\s+(\d+)\s", status).groups() for status in statuses]
-    # The front, and the supervisor that waits for the next run.
-    assert sorted(users) == sorted([(str(wanted),) * 3, ("0",) * 3])
+
+    def users():
+        """Of its children at this moment; one may come or go while they are read."""
+        with open("/proc/%d/task/%d/children" % (agent.pid, agent.pid), encoding="ascii") as file:
+            children = file.read().split()
+        try:
+            statuses = [read("/proc/%s/status" % child) for child in children]
+        except (FileNotFoundError, ProcessLookupError):
+            return []
+        return sorted(re.search(r"(?m)^Uid:\s+(\d+)\s+(\d+)\s+(\d+)\s", status).groups() for status in statuses)
+
+    # The front, and the supervisor that waits for the next run, once those of the pings have gone.
+    both = sorted([(str(wanted),) * 3, ("0",) * 3])
+    support.wait_until(lambda: users() == both, what="the front and one supervisor")
     amiss = lambda *words: [  # noqa: E731
         line for line in machine.installed(*words).stdout.splitlines() if not line.startswith("OK ")
     ]
@@ -1197,7 +1206,7 @@ def test_what_is_really_installed_pairs_and_answers_with_its_front_as_the_servic
 
 def _api_post(port, path, body):
     data = json.dumps(body).encode()
-    head = "POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" % path
+    head = "POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n" % path
     head += "Content-Length: %d\r\nConnection: close\r\n\r\n" % len(data)
     with socket.create_connection(("127.0.0.1", port), 30) as sock:
         sock.sendall(head.encode() + data)
@@ -1246,7 +1255,7 @@ def test_the_api_runs_as_its_user_with_the_key_and_without_the_ca(machine):
     history = json.loads(machine.installed("ced", "history", "--json").stdout)["runs"]
     assert {run["reqid"] for run in history} == {mine, body["reqid"]}
     with socket.create_connection(("127.0.0.1", port), 30) as sock:
-        sock.sendall(b"GET /status/%s HTTP/1.1\r\nHost: x\r\n\r\n" % mine.encode())
+        sock.sendall(b"GET /status/%s HTTP/1.1\r\nHost: localhost\r\n\r\n" % mine.encode())
         assert support.read_reply(sock)[0] == 200
 
 
