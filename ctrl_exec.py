@@ -7023,8 +7023,8 @@ class Executor:
             return error.message
         self._serve_from(bundle)
         self._listen.reset()
-        if bundle.listening.faults:
-            self._listen.schedule()
+        if bundle.listening.faults:  # what was in the way may have been a socket of ours, which is closed now
+            self._try_to_listen()
         LOG.event("reload", RESULT="ok")
         tell_systemd("READY=1\n" + self._status())
         return ""
@@ -7049,10 +7049,10 @@ class Executor:
             if front.accepts:  # it hangs: nobody may be served from the old bundle after this
                 LOG.event("bug", MESSAGE="a front did not stop accepting; it is killed")
                 os.kill(front.pid, signal.SIGKILL)
-        self._start_front()
         for listener in previous.listening.sockets:
             if listener not in kept:
-                listener.close()
+                listener.close()  # before there is a front that would have it for a moment, too
+        self._start_front()
 
     def _stop(self) -> int:
         """Let fronts finish what they answer; supervisors go on by themselves."""

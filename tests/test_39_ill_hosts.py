@@ -72,6 +72,20 @@ def test_an_agent_serves_the_addresses_that_are_there_and_says_which_are_not(fre
     socket.create_connection(("127.0.0.9", solo.port)).close()
 
 
+@pytest.mark.parametrize("before, after", [("0.0.0.0", "127.0.0.1"), ("127.0.0.1", "0.0.0.0")])
+def test_a_reload_that_changes_the_address_serves_the_new_one_when_it_is_done(fresh, before, after):
+    deployment = fresh(start=False)
+    solo = deployment["solo"]
+    conf = "port = %d\nbind = %%s\nrate_limit_disable = yes\n" % solo.port
+    solo.put(ctrl_exec.AGENT_ETC + "/agent.conf", conf % before, 0o640)
+    solo.start()
+    solo.put(ctrl_exec.AGENT_ETC + "/agent.conf", conf % after, 0o640)
+    assert solo.run("reload").returncode == 0
+    assert ping(deployment)["status"] == "ok" and "faults" not in ping(deployment)
+    listening = subprocess.run(["ss", "-Hltn", "sport = :%d" % solo.port], capture_output=True, text=True).stdout
+    assert [line.split()[3] for line in listening.splitlines()] == ["%s:%d" % (after, solo.port)]
+
+
 @needs_root
 @pytest.mark.parametrize(
     "bind, prepare, mend",
@@ -151,6 +165,8 @@ def test_the_port_is_never_free_when_the_service_manager_holds_it(fresh):
             serve_with(solo, [held])
             tls = support.client_context().wrap_socket(early)
             assert tls.version()
+        # the front of the one that was killed may have answered that, while it ended
+        wait_until(lambda: len(solo.events("start")) == 2, what="the next one")
         assert "RESULT=ok" in solo.reload()
         assert ping(deployment)["status"] == "ok"
         solo.stop()
