@@ -2794,8 +2794,9 @@ class OpenSSL:
             path = work.put("certificate.pem", pem)
             ca_path = work.put("ca.pem", ca)
             options = ["-x509_strict"] if strict else []  # see `is_strict_ca`
+            clock = ["-attime", "%d" % now()]  # the clock that dates what we sign
             try:
-                self._run("verify", *options, "-purpose", purpose, "-CAfile", ca_path, path)
+                self._run("verify", *options, *clock, "-purpose", purpose, "-CAfile", ca_path, path)
             except ProgramError as error:
                 if error.status is None:
                     raise
