@@ -52,22 +52,41 @@ def routing(routes):
     return behave
 
 
+class Listener:
+    """Listens on a port of loopback, any by default; `serve(raw)` gets each connection in a thread of its own."""
+
+    def __init__(self, serve, port=0):
+        self._serve = serve
+        self._socket = socket.create_server(("127.0.0.1", port), backlog=256)
+        self.port = self._socket.getsockname()[1]
+        self._thread = threading.Thread(target=self._accept, daemon=True)
+        self._thread.start()
+
+    def _accept(self):
+        while True:
+            try:
+                raw, _ = self._socket.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(raw,), daemon=True).start()
+
+    def close(self):
+        """The thread ends before the descriptor is free: it would go on with the next listener's, which gets
+        the same number."""
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._thread.join(60)
+        assert not self._thread.is_alive(), "a listener's thread has not ended"
+        self._socket.close()
+
+
 class Peer:
     """Something that listens where an agent should, and behaves as told."""
 
     def __init__(self, port, behave, context):
         self._behave = behave
         self._context = context
-        self._listener = socket.create_server(("127.0.0.1", port))
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self):
-        while True:
-            try:
-                raw, _ = self._listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(raw,), daemon=True).start()
+        self._listener = Listener(self._serve, port)
+        self.close = self._listener.close
 
     def _serve(self, raw):
         raw.settimeout(60)
@@ -76,6 +95,3 @@ class Peer:
                 self._behave(raw, self._context)
             except (OSError, ValueError):
                 pass
-
-    def close(self):
-        self._listener.close()

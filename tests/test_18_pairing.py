@@ -18,6 +18,7 @@ import time
 import types
 
 import ctrl_exec
+import peers
 import pytest
 import support
 
@@ -270,19 +271,10 @@ class FakeServer:
     def __init__(self, impostor, talk):
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._context.load_cert_chain(impostor[0], impostor[1])
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self.port = self._socket.getsockname()[1]
         self._talk = talk
         self._open = []
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self):
-        while True:
-            try:
-                raw, _ = self._socket.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(raw,), daemon=True).start()
+        self._listener = peers.Listener(self._serve)
+        self.port = self._listener.port
 
     def _serve(self, raw):
         try:
@@ -296,9 +288,7 @@ class FakeServer:
         return self
 
     def __exit__(self, *_):
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
+        self._listener.close()
         for sock in self._open:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)

@@ -7,6 +7,7 @@ import socket
 import ssl
 import threading
 
+import peers
 import pytest
 from support import Control, free_port, wait_until
 
@@ -37,26 +38,14 @@ class FakeAgent:
         self._context.load_cert_chain(identity.cert, identity.key)
         self._answer = answer
         self.requests = []
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
-        self.port = self._listener.getsockname()[1]
+        self._listener = peers.Listener(self._serve)
+        self.port = self._listener.port
 
     def __enter__(self):
-        self._thread = threading.Thread(target=self._accept, daemon=True)
-        self._thread.start()
         return self
 
     def __exit__(self, *_):
-        self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        self._thread.join(60)
-
-    def _accept(self):
-        while True:
-            try:
-                raw, _ = self._listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(raw,), daemon=True).start()
 
     def _serve(self, raw):
         try:

@@ -12,6 +12,7 @@ import threading
 import time
 
 import ctrl_exec
+import peers
 import pytest
 import support
 from support import wait_until
@@ -31,27 +32,21 @@ SCRIPTS = {
 class Relay:
     """A TCP relay in front of an agent that can cut what passes through it."""
 
-    def __init__(self, port):
+    def __init__(self, port, own_port=0):
         self._target = port
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
         self.open = True  # whether new connections are served
         self.pairs = []
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._listener = peers.Listener(self._serve, own_port)
+        self.port = self._listener.port
 
-    def _accept(self):
-        while True:
-            try:
-                near = self._listener.accept()[0]
-            except OSError:
-                return
-            if not self.open:
-                near.close()
-                continue
-            far = socket.create_connection(("127.0.0.1", self._target))
-            self.pairs.append((near, far))
-            for one, other in ((near, far), (far, near)):
-                threading.Thread(target=self._pump, args=(one, other), daemon=True).start()
+    def _serve(self, near):
+        if not self.open:
+            near.close()
+            return
+        far = socket.create_connection(("127.0.0.1", self._target))
+        self.pairs.append((near, far))
+        for one, other in ((near, far), (far, near)):
+            threading.Thread(target=self._pump, args=(one, other), daemon=True).start()
 
     def _pump(self, one, other):
         try:
@@ -535,12 +530,7 @@ def test_retries_reach_a_host_that_comes_up_later(site, tmp_path):
         "run", "--retries", "20", "alpha:%d" % port, "mark", "--", str(mark), stdout=subprocess.PIPE
     )
     wait_until(lambda: site.control.events("lock-acquire"))
-    late = socket.create_server(("127.0.0.1", port))  # what is behind it is the relay's business
-    late.close()
-    behind = Relay(site["alpha"].port)
-    behind._listener.close()
-    behind._listener = socket.create_server(("127.0.0.1", port))
-    threading.Thread(target=behind._accept, daemon=True).start()
+    behind = Relay(site["alpha"].port, port)
     out = process.communicate(timeout=60)[0]
     behind.close()
     assert process.returncode == 0 and b"marked" in out and count(mark) == 1

@@ -7,6 +7,7 @@ import threading
 import time
 
 import ctrl_exec
+import peers
 import pytest
 import support
 from support import wait_until
@@ -43,24 +44,16 @@ class Liar:
     """An agent with the certificate of `host` that answers as it is told: h(path, body) to (status, object)."""
 
     def __init__(self, host, answer):
-        context = ctrl_exec.new_server_context(ctrl_exec.agent_identity(host.config), True)
+        self._context = ctrl_exec.new_server_context(ctrl_exec.agent_identity(host.config), True)
         self.asked = []
         self._answer = answer
-        self._listener = support.socket.create_server(("127.0.0.1", host.port))
-        threading.Thread(target=self._accept, args=(context,), daemon=True).start()
+        self._listener = peers.Listener(self._serve, host.port)
+        self.close = self._listener.close
 
-    def _accept(self, context):
-        while True:
-            try:
-                raw, _ = self._listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(raw, context), daemon=True).start()
-
-    def _serve(self, raw, context):
+    def _serve(self, raw):
         with raw:
             try:
-                with context.wrap_socket(raw, server_side=True) as tls:
+                with self._context.wrap_socket(raw, server_side=True) as tls:
                     channel = ctrl_exec.Channel(tls)
                     while True:
                         request = ctrl_exec.read_request(channel, ctrl_exec.Deadline(60))
@@ -70,9 +63,6 @@ class Liar:
                         tls.sendall(b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n%s" % (status, len(data), data))
             except (OSError, ValueError):
                 pass
-
-    def close(self):
-        self._listener.close()
 
 
 @pytest.fixture
