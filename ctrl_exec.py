@@ -1690,16 +1690,15 @@ def parse_text(text: str) -> str:
     return text
 
 
-def parse_key_type(text: str) -> str:
-    if text not in ("ec", "rsa"):
-        raise ValueError("ec or rsa")
-    return text
+def parse_choice(*words: str) -> Callable:
+    """A parser that takes one of these words as it stands."""
 
+    def parse(text: str) -> str:
+        if text not in words:
+            raise ValueError(" or ".join(words))
+        return text
 
-def parse_api_default(text: str) -> str:
-    if text not in ("deny", "allow"):
-        raise ValueError("deny or allow")
-    return text
+    return parse
 
 
 def parse_host_names(text: str) -> tuple:
@@ -1708,12 +1707,6 @@ def parse_host_names(text: str) -> tuple:
     if not all(HOST_NAME.fullmatch(name) for name in names):
         raise ValueError("host names such as control.example.com")
     return names
-
-
-def parse_api_hook(text: str) -> str:
-    if text not in ("both", "operation"):
-        raise ValueError("both or operation")
-    return text
 
 
 def parse_dispatcher_id(text: str) -> str:
@@ -1799,7 +1792,7 @@ SETTINGS = (
     Setting(
         "dispatcher",
         "key_type",
-        parse_key_type,
+        parse_choice("ec", "rsa"),
         "ec",
         "new keys: ec (P-256), or rsa (3072 bits) for older peers",
     ),
@@ -1870,14 +1863,14 @@ SETTINGS = (
     Setting(
         "dispatcher",
         "api_auth_default",
-        parse_api_default,
+        parse_choice("deny", "allow"),
         "deny",
         "what the HTTP API does without a hook: deny or allow",
     ),
     Setting(
         "dispatcher",
         "api_hook",
-        parse_api_hook,
+        parse_choice("both", "operation"),
         "both",
         "what the hook is asked for a request to the HTTP API: both (`api`, then the operation) or operation",
     ),
