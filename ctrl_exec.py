@@ -601,7 +601,7 @@ def tell_systemd(state: str) -> None:
         pass
 
 
-# --- files ----------------------------------------------------------------------------------------------
+# --- names of hosts -------------------------------------------------------------------------------------
 
 
 def is_ip_address(text: str) -> bool:
@@ -612,6 +612,14 @@ def is_ip_address(text: str) -> bool:
     except (OSError, ValueError):  # ValueError: a NUL in it
         return False
     return "%" not in text or bool(re.fullmatch("[^%]+%[A-Za-z0-9._-]{1,15}", text))
+
+
+def is_host_name(text: str) -> bool:
+    """Whether it can name a host here; an address cannot."""
+    return bool(HOST_NAME.fullmatch(text)) and not is_ip_address(text)
+
+
+# --- files ----------------------------------------------------------------------------------------------
 
 
 def find_user(name: str) -> Optional[Owner]:
@@ -648,20 +656,25 @@ def become_user(user: str) -> None:
     os.setresuid(owner.uid, owner.uid, owner.uid)
 
 
+def _try_as(user: str, look: Callable) -> int:
+    """What `look()` returns in a child that has become `user`: 0 to 255, or the number of its error."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            become_user(user)
+            os._exit(look())
+        except BaseException as error:
+            os._exit(min(255, getattr(error, "errno", None) or 1))
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
 def check_user_change(user: str) -> None:
     """Try, in a child, whether root may become `user` here, as what faces the network will: a container may
     have root's number without root's rights (capabilities(7), CAP_SETUID). Raises ConfigError."""
     import_for_network()
     if os.geteuid() != 0:
         return
-    pid = os.fork()
-    if pid == 0:
-        try:
-            become_user(user)
-            os._exit(0)
-        except BaseException as error:
-            os._exit(min(255, getattr(error, "errno", None) or 1))
-    status = os.WEXITSTATUS(os.waitpid(pid, 0)[1])
+    status = _try_as(user, lambda: 0)
     if status:
         message = "root cannot become the user %s here: %s" % (user, os.strerror(status))
         hint = "give it CAP_SETUID and CAP_SETGID, and a mapping of users; or start it as an ordinary user"
@@ -673,14 +686,7 @@ def may_execute(user: str, path: str) -> bool:
     root, whether we may."""
     if os.geteuid() != 0 or find_user(user) is None:
         return os.access(path, os.X_OK)
-    pid = os.fork()
-    if pid == 0:
-        try:
-            become_user(user)
-            os._exit(0 if os.access(path, os.X_OK) else 1)
-        finally:
-            os._exit(1)
-    return os.waitpid(pid, 0)[1] == 0
+    return _try_as(user, lambda: 0 if os.access(path, os.X_OK) else errno.EACCES) == 0
 
 
 def find_disk_fault(path: str) -> str:
@@ -763,13 +769,6 @@ def find_written(path: str) -> str:
     return path
 
 
-def rename_durably(source: str, target: str) -> None:
-    """Rename a file, so that it stays renamed when the power fails. Raises OSError, StorageError."""
-    target = find_written(target)
-    os.rename(source, target)
-    _sync_directory(os.path.dirname(target) or ".")
-
-
 def write_atomic(
     path: str,
     data: bytes,
@@ -812,6 +811,21 @@ def write_atomic(
         raise
     except OSError as error:
         raise StorageError("cannot write %s: %s" % (path, error.strerror)) from error
+
+
+def rename_durably(source: str, target: str) -> None:
+    """Rename a file, so that it stays renamed when the power fails. Raises OSError, StorageError."""
+    target = find_written(target)
+    try:
+        os.rename(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        own = os.stat(source)  # a symlink has led to another file system
+        owner = Owner(own.st_uid, own.st_gid)
+        write_atomic(target, read_file(source), stat.S_IMODE(own.st_mode), True, owner)
+        os.unlink(source)
+    _sync_directory(os.path.dirname(target) or ".")
 
 
 def check_room(directory: str) -> list:
@@ -1218,7 +1232,8 @@ def find_serving(path: str) -> Optional[Serving]:
         owner = os.fstat(descriptor).st_uid
     finally:
         os.close(descriptor)
-    hit = re.fullmatch(r"([1-9][0-9]{0,9})\n(?:([0-9]{1,9}) ([0-9]{1,9}) (.*)\n)?", text)
+    # the end of a longer text may still follow the lines that are just being written over it
+    hit = re.match(r"([1-9][0-9]{0,9})\n(?:([0-9]{1,9}) ([0-9]{1,9}) (.*)\n)?", text)
     if hit is None:
         return None
     return Serving(int(hit[1]), int(hit[2] or 0), int(hit[3] or 0), hit[4] or "", owner)
@@ -1338,10 +1353,7 @@ def reset_signals() -> None:
     signal.signal(signal.SIGHUP, lambda *_: None)
     for number in signal.valid_signals() - {signal.SIGHUP}:
         if signal.getsignal(number) is not signal.SIG_DFL:
-            try:
-                signal.signal(number, signal.SIG_DFL)
-            except OSError:  # SIGKILL, SIGSTOP
-                pass
+            signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
 
@@ -2866,20 +2878,25 @@ def _serial_readings(text: str) -> set:
     return readings
 
 
+def _read_guard(path: str, what: str) -> Optional[list]:
+    """The lines of a file that keeps somebody out; None without one. Raises TrustError when it is there, or
+    should be, and cannot be read."""
+    try:
+        return read_text(path).splitlines()
+    except FileNotFoundError:
+        if os.path.islink(path):
+            message = "the %s cannot be used: %s leads to a file that is not there" % (what, path)
+            raise TrustError(message, "put it back, or remove the link") from None
+        return None
+    except StorageError as error:
+        raise TrustError("the %s cannot be used: %s" % (what, error.message), error.hint) from error
+
+
 def load_revoked(path: str) -> frozenset:
     """The revoked serials. No file: none. Raises TrustError for a list that cannot be read or understood:
     then everybody is refused, rather than nobody."""
-    try:
-        lines = read_text(path).splitlines()
-    except FileNotFoundError:
-        if os.path.islink(path):
-            message = "the revocation list cannot be used: %s leads to a file that is not there"
-            raise TrustError(message % path, "put it back, or remove the link") from None
-        return frozenset()
-    except StorageError as error:
-        raise TrustError("the revocation list cannot be used: %s" % error.message, error.hint) from error
     serials: set = set()
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_read_guard(path, "revocation list") or (), 1):
         word = line.partition("#")[0].strip()
         if word:
             try:
@@ -2923,17 +2940,9 @@ def _load_older_serial(path: str) -> dict:
 def load_trust_map(path: str, older: str = "") -> dict:
     """Trusted dispatchers: canonical serial to dispatcher id. While there is no map, the one serial in the
     file `older` is trusted, which releases without a map wrote. Raises TrustError naming the line."""
-    try:
-        lines = read_text(path).splitlines()
-    except FileNotFoundError:
-        if os.path.islink(path):
-            message = "the trusted-dispatchers map cannot be used: %s leads to a file that is not there"
-            raise TrustError(message % path, "put it back, or remove the link") from None
+    lines = _read_guard(path, "trusted-dispatchers map")
+    if lines is None:
         return _load_older_serial(older) if older else {}
-    except StorageError as error:
-        raise TrustError(
-            "the trusted-dispatchers map cannot be used: %s" % error.message, error.hint
-        ) from error
     trusted = {}
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):
@@ -4012,7 +4021,10 @@ def find_route(routes: tuple, request: Request) -> tuple:
 
 # What a listening socket can lack now and have later: an address that is not up yet, IPv6, a port that
 # somebody else has at this moment. All else (no right to the port, for one) needs a person.
-_MAY_COME_RIGHT = (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.ENETDOWN, errno.ENODEV)
+_MAY_COME_RIGHT = (
+    errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.ENETDOWN, errno.ENODEV,
+    errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM,
+)  # fmt: skip
 
 
 def _open_listener(address: str, port: int) -> socket.socket:
@@ -4092,6 +4104,10 @@ class Listening(NamedTuple):
     sockets: tuple
     faults: tuple  # one sentence for each address
 
+    def status(self) -> str:
+        """What the service manager shows of the server."""
+        return "STATUS=" + one_line("; ".join(self.faults) or "serving")
+
 
 def listen_where_possible(addresses: tuple, port: int, already: Iterable = ()) -> Listening:
     """Listen on every address (none: all of IPv4, and of IPv6 where there is one), with those of the sockets
@@ -4137,6 +4153,18 @@ def note_listening(before: tuple, listening: Listening) -> None:
             LOG.event("listen", RESULT="failed", ERROR=fault + "; it is tried again")
     if before and not listening.faults:
         LOG.event("listen", RESULT="ok")
+
+
+def listen_again(addresses: tuple, port: int, before: Listening) -> Listening:
+    """Try the addresses that are missing, for a service that goes on with the others whatever is in the way
+    now; what is new about them is logged."""
+    try:
+        listening = listen_where_possible(addresses, port, before.sockets)
+    except ConfigError as error:
+        LOG.event("listen", RESULT="failed", ERROR=error.message + "; it is tried again")
+        return before
+    note_listening(before.faults, listening)
+    return listening
 
 
 def open_listeners(addresses: tuple, port: int) -> list:
@@ -5904,12 +5932,12 @@ class _Watch:
         self._signal_all(signal.SIGTERM)
 
     def _signal_all(self, number: int) -> None:
-        if self.wait_status is None:  # once it is reaped, its number may be another group's
+        is_told = self.wait_status is None  # once it is reaped, its number may be another group's
+        if is_told:
             try:
                 os.killpg(self._script.pid, number)
             except (ProcessLookupError, PermissionError):
                 pass
-        is_told = self.wait_status is None
         left = self._find_all()
         send_signal(number, [one for one in left if not (is_told and one.group == self._script.pid)])
 
@@ -6608,6 +6636,8 @@ def serve_job(control: socket.socket, rules: JobRules, tasks: dict, note: Callab
         send_pieces(channel, [encode_json(dict(refusal, error=error.message)) + b"\n"])
     channel.close()
     sweep_records(rules.store)
+    if rules.spare_dir:
+        sweep_records(_spare_rules(rules).store)
     if rules.cgroup:
         for entry in os.scandir(rules.cgroup):  # of runs whose daemons have ended since
             if entry.name.startswith("run-"):
@@ -6841,7 +6871,7 @@ class Executor:
         self._start_front()
         self._start_recovery()
         self._supervisors.keep_spare()
-        tell_systemd("READY=1\n" + self._status())
+        tell_systemd("READY=1\n" + self._bundle.listening.status())
         while signal.SIGTERM not in self._pending:
             self._turn()
         return self._stop()
@@ -6875,16 +6905,12 @@ class Executor:
             self._start_recovery()
         self._supervisors.keep_spare()
 
-    def _status(self) -> str:
-        """What the service manager shows of us."""
-        return "STATUS=" + one_line("; ".join(self._bundle.listening.faults) or "serving")
-
     def _try_to_listen(self) -> None:
         """An address that was missing may be there by now."""
         listening = self._listen_again(self._bundle)
         if len(listening.faults) < len(self._bundle.listening.faults):
             self._serve_from(self._bundle._replace(listening=listening))
-            tell_systemd(self._status())
+            tell_systemd(self._bundle.listening.status())
         if listening.faults:
             self._listen.schedule()
         else:
@@ -7020,7 +7046,7 @@ class Executor:
         if bundle.listening.faults:  # what was in the way may have been a socket of ours, which is closed now
             self._try_to_listen()
         LOG.event("reload", RESULT="ok")
-        tell_systemd("READY=1\n" + self._status())
+        tell_systemd("READY=1\n" + self._bundle.listening.status())
         return ""
 
     def _serve_from(self, bundle: Any) -> None:
@@ -7874,15 +7900,15 @@ def serve_agent(config_path: str, root: str) -> int:
             )  # fmt: skip
         return bundle
 
-    def listen_again(bundle: Bundle) -> Listening:
-        return _listen(bundle.config, bundle.listening.sockets, bundle.listening.faults)
+    def listen(bundle: Bundle) -> Listening:
+        return listen_again(bundle.config.bind, bundle.config.port, bundle.listening)
 
     def note_reload(begun: int, ended: int, error: str) -> None:
         if lock is not None:
             note_serving(lock, begun, ended, error)
 
     executor = Executor(
-        load, listen_again, _run_front, _supervise, lambda bundle: recover_jobs(bundle.rules), note_reload
+        load, listen, _run_front, _supervise, lambda bundle: recover_jobs(bundle.rules), note_reload
     )
     executor.catch_signals()
     note_reload(0, 0, "")
@@ -8431,10 +8457,8 @@ def select_agents(directory: str, selection: Selection, is_terse: bool = False) 
         chosen = {agent.name: agent for agent in agents}
     else:
         words = dict.fromkeys(selection.words)
-        patterns = [word for word in words if "*" in word or "?" in word]
-        if len(patterns) > MAX_PATTERNS:
-            raise UsageError("more than %d words with * or ?" % MAX_PATTERNS)
-        names = list_agent_names(directory) if patterns else []
+        has_patterns = any("*" in word or "?" in word for word in words)
+        names = list_agent_names(directory) if has_patterns else []
         budget = _Budget()
         for word in words:
             for agent in _match_word(word, names, get, budget):
@@ -8773,7 +8797,7 @@ def _is_opened(commit: str, reveal: str, offer: PairingOffer) -> bool:
 
 
 def _check_offer(fields: dict, commit: str) -> None:
-    if not HOST_NAME.fullmatch(fields["hostname"]) or is_ip_address(fields["hostname"]):
+    if not is_host_name(fields["hostname"]):
         raise BadRequest("field `hostname` is not a host name", "hostname")
     if not re.fullmatch(r"[0-9a-f]{%d}" % (2 * NONCE_BYTES), fields["nonce"]):
         raise BadRequest("field `nonce` must be %d bytes as hex" % NONCE_BYTES, "nonce")
@@ -9207,7 +9231,7 @@ def approve_pairing(
     TrustError when the name is taken, StorageError, ProgramError.
     """
     name = approval.name or request.hostname
-    if not HOST_NAME.fullmatch(name) or is_ip_address(name):
+    if not is_host_name(name):
         raise UsageError("%s is not a host name" % one_line(name))
     check_ip_address(approval.ip)
     openssl.check_request(request.csr)
@@ -9814,13 +9838,13 @@ def _judge_refusal(status: int, answer: dict) -> tuple:
 
 
 def judge_ping(status: int, answer: dict) -> tuple:
-    if status != 200:
-        return _judge_refusal(status, answer)
-    _expect(answer, _PING_ANSWER)
     _expect(answer, {key: str for key in ("host", "version", "expiry", "time") if key in answer})
     faults = answer.get("faults", [])
     if type(faults) is not list or not all(type(fault) is str for fault in faults):
         raise _Malformed("the agent's answer has no valid `faults`")
+    if status != 200:
+        return _judge_refusal(status, answer)
+    _expect(answer, _PING_ANSWER)
     return ("ok", "") if answer["status"] == "ok" else ("failed", answer["status"])
 
 
@@ -10691,7 +10715,7 @@ class AgentEdit(NamedTuple):
 
 def edit_agent(config: Config, name: str, edit: AgentEdit) -> Agent:
     """Change where an agent is, or what it is called here. Its certificate's name stays in its record."""
-    if edit.rename and not HOST_NAME.fullmatch(edit.rename):
+    if edit.rename and not is_host_name(edit.rename):
         raise UsageError("%s is not a host name" % one_line(edit.rename))
     check_ip_address(edit.ip)
     with registry_lock(config.registry_dir):
@@ -12442,12 +12466,9 @@ def _keep_listening(config: Config, server: Server, listening: Listening, wake: 
     while listening.faults:
         time.sleep(pause)
         pause = min(60.0, 2 * pause)
-        before, listening = (
-            listening,
-            listen_where_possible(config.api_bind, config.api_port, listening.sockets),
-        )
-        note_listening(before.faults, listening)
+        before, listening = listening, listen_again(config.api_bind, config.api_port, listening)
         server.listen_on([one for one in listening.sockets if one not in before.sockets])
+        tell_systemd(listening.status())
         wake()
 
 
@@ -12559,7 +12580,7 @@ def serve_api(config: Config, reread: Callable) -> int:
     hook = find_dispatcher_hook(config)
     facts = {"PORT": port, "TLS": "yes" if context else "no", "UID": os.geteuid()}
     LOG.event("api-start", VERSION=__version__, HOOK=hook.path if hook else "none", **facts)
-    tell_systemd("READY=1\nSTATUS=" + one_line("; ".join(listening.faults) or "serving"))
+    tell_systemd("READY=1\n" + listening.status())
     server.serve(signals.descriptor, signals.is_told_to_stop)
     tell_systemd("STOPPING=1")
     api.stop()
@@ -13683,7 +13704,7 @@ def cmd_request_pairing(args: Any, config: Config) -> int:
         warn("cea: everybody on this host can see a token on the command line; use CTRL_EXEC_PAIRING_TOKEN")
         token = args.token
     name = args.name or socket.gethostname()
-    if not HOST_NAME.fullmatch(name) or is_ip_address(name):
+    if not is_host_name(name):
         raise UsageError("%s is not a host name" % one_line(name[:300]), "give one with --name")
     if args.ca_fingerprint and not re.fullmatch(r"[0-9a-fA-F]{64}", args.ca_fingerprint.replace(":", "")):
         raise UsageError("--ca-fingerprint expects 64 hex digits", "pairing-mode shows them")
@@ -14443,9 +14464,9 @@ def _run_role(argv: list) -> int:
 
 
 def _fail(program: str, error: CtrlExecError) -> int:
-    warn("%s: %s" % (program, printable(error.message)))
+    warn("%s: %s" % (program, error.message))
     if error.hint:
-        warn("%s  %s" % (" " * len(program), printable(error.hint)))
+        warn("%s  %s" % (" " * len(program), error.hint))
     return error.exit_code
 
 

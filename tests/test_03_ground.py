@@ -275,6 +275,25 @@ def test_a_symlink_of_ours_is_written_through_and_never_replaced(tmp_path):
     assert (tmp_path / "file").is_symlink() and (tmp_path / "elsewhere" / "real").read_text() == "renamed"
 
 
+def test_a_link_to_another_file_system_stays_and_leads_to_the_new_content(tmp_path, monkeypatch):
+    def rename(source, target, real=os.rename):
+        if os.path.dirname(source) != os.path.dirname(target):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))  # as rename(2) does
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "real").write_text("old")
+    (tmp_path / "next").write_text("new")
+    (tmp_path / "next").chmod(0o600)
+    (tmp_path / "file").symlink_to("other/real")
+    ctrl_exec.rename_durably(str(tmp_path / "next"), str(tmp_path / "file"))
+    assert (tmp_path / "file").is_symlink() and (tmp_path / "file").read_text() == "new"
+    assert stat.S_IMODE((other / "real").stat().st_mode) == 0o600
+    assert not (tmp_path / "next").exists() and os.listdir(str(other)) == ["real"]
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a link of another user")
 def test_a_symlink_of_another_user_is_neither_followed_nor_replaced(tmp_path):
     (tmp_path / "victim").write_text("mine")

@@ -723,3 +723,18 @@ def test_check_tells_of_certificates_that_expire_soon(control, monkeypatch):
         told = [finding for finding in findings if finding.level == level]
         assert any(control.config.cert in finding.what for finding in told), findings
         assert any("alpha" in finding.what for finding in told), findings
+
+
+# --- a refusal that is not what it should be ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "field", [{"faults": 1}, {"faults": "disk"}, {"faults": {"a": 1}}, {"faults": [1]}, {"version": [1]}, {"expiry": 1}]
+)
+def test_a_refused_ping_with_fields_of_other_types_costs_its_own_host_only(deployment, tmp_path, field):
+    alpha, control = deployment["alpha"], deployment.control
+    with FakeAgent(alpha, http(403, dict(field, error="no"))) as fake:
+        for words in ((), ("--json",)):
+            done = control.run("ping", "alpha:%d" % fake.port, "beta", *words)
+            assert done.returncode == 1 and "internal error" not in done.out + done.err, done
+            assert "no valid `%s`" % next(iter(field)) in done.out and "beta" in done.out, done

@@ -3,6 +3,7 @@
 Also what a script inherits, what ends with it, and which process a signal is for.
 """
 
+import errno
 import json
 import os
 import re
@@ -70,6 +71,34 @@ def test_an_agent_serves_the_addresses_that_are_there_and_says_which_are_not(fre
         assert [one["level"] for one in shown if told in one["what"]] == ["WARN"]
     wait_until(lambda: "faults" not in ping(deployment), what="the other address")
     socket.create_connection(("127.0.0.9", solo.port)).close()
+
+
+@pytest.mark.parametrize("number", [errno.ENFILE, errno.EACCES])
+def test_a_service_that_listens_already_goes_on_when_the_rest_is_refused(monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    before = ctrl_exec.listen_where_possible(("127.0.0.1",), 0)._replace(faults=("192.0.2.7 is missing",))
+    port = before.sockets[0].getsockname()[1]
+    monkeypatch.setattr(ctrl_exec, "_open_listener", refuse)
+    said = []
+    monkeypatch.setattr(ctrl_exec.LOG, "event", lambda action, **fields: said.append((action, str(fields))))
+    after = ctrl_exec.listen_again(("127.0.0.1", "192.0.2.7"), port, before)
+    assert after.sockets == before.sockets and len(after.faults) == 1
+    assert [action for action, fields in said if os.strerror(number) in fields] == ["listen"]
+    with socket.create_connection(("127.0.0.1", port), 60):
+        before.sockets[0].close()
+
+
+def test_a_lock_is_read_while_a_longer_text_is_being_replaced(tmp_path):
+    path = str(tmp_path / "lock")
+    lock = ctrl_exec.FileLock(path)
+    assert lock.acquire()
+    ctrl_exec.note_serving(lock, 1, 1, "a long reason why the last reload failed")
+    with open(path, "r+b") as file:  # the new lines are there, the end of the former text still is
+        file.write(b"%d\n2 1 \n" % os.getpid())
+    assert ctrl_exec.find_serving(path) == ctrl_exec.Serving(os.getpid(), 2, 1, "", os.geteuid())
+    lock.release()
 
 
 @pytest.mark.parametrize("before, after", [("0.0.0.0", "127.0.0.1"), ("127.0.0.1", "0.0.0.0")])
@@ -325,6 +354,19 @@ def test_a_script_that_runs_is_not_joined_by_an_unrecorded_one(fresh, tmp_path, 
     assert "already running" in run(deployment, "held", str(gate))["error"]
     gate.touch()
     deployment.control.run("wait", submitted)
+
+
+def test_what_an_unrecorded_run_left_is_swept_by_the_runs_of_later_days(fresh):
+    deployment = fresh()
+    solo = deployment["solo"]
+    spare = os.path.join(solo.file(ctrl_exec.AGENT_RUN), "runs", "control")
+    os.makedirs(spare)
+    for name in ("old.out", "old.err", "old.json"):
+        with open(os.path.join(spare, name), "w"):
+            pass
+        os.utime(os.path.join(spare, name), (1, 1))
+    assert run(deployment, "hello")["exit"] == 0
+    wait_until(lambda: os.listdir(spare) == [], what="the sweep")
 
 
 # --- no /proc, no rights --------------------------------------------------------------------------------

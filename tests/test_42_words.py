@@ -243,6 +243,13 @@ def test_an_address_as_a_host_says_something(fresh, word):
     assert done.returncode == 2 and "is an address, and hosts are named as they are registered" in done.err
 
 
+def test_a_host_is_not_renamed_to_an_address(fresh):
+    deployment = fresh(start=False)
+    done = deployment.control.run("edit-agent", "solo", "--rename", "10.0.0.5")
+    assert done.returncode == 2 and "10.0.0.5 is not a host name" in done.err
+    assert deployment.control.run("list-agents", "--json").out.count("10.0.0.5") == 0
+
+
 @pytest.mark.parametrize("text", [",", " ", "10.0.0.1 ", "10.0.0.1,10.0.0.2", "10.0.0.1/8", "1.2.3", "::g", "fe80::1%", "a\n"])
 def test_what_is_no_address_is_refused_when_it_is_given(fresh, text):
     deployment = fresh(start=False)
