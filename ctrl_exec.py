@@ -6040,22 +6040,47 @@ def settle_run(store: RunStore, record: RunRecord) -> RunRecord:
 _SLOT_NAME = re.compile(r"[A-Za-z0-9_-]{1,%d}\.[0-9]{1,9}" % MAX_SCRIPT_NAME)
 
 
+def _spare_rules(rules: JobRules) -> JobRules:
+    """The same for a run that the disk has no room for: its record goes where it is lost when the host
+    restarts."""
+    return rules._replace(store=rules.store._replace(directory=os.path.join(rules.spare_dir, "runs")))
+
+
+def _settle_request(store: RunStore, owner: str, reqid: str) -> None:
+    """See to a run that may have lost its supervisor. Raises StorageError when that cannot be recorded."""
+    try:
+        record = find_record(store, owner, reqid)
+    except StorageError as error:  # as after a power failure: that must not stop the script for good
+        LOG.event("run-store-fail", REQID=reqid, MESSAGE=error.message)
+        record = None
+    if record is not None:
+        settle_run(store, record)
+
+
 def _settle_holder(rules: JobRules, lock: FileLock) -> None:
     """See to the run that held a script's lock last, if it died without giving it back."""
     owner, _, reqid = lock.read().partition(" ")
     if HOST_NAME.fullmatch(owner) and REQUEST_ID.fullmatch(reqid):
-        try:
-            record = find_record(rules.store, owner, reqid)
-        except StorageError as error:  # as after a power failure: that must not stop the script for good
-            LOG.event("run-store-fail", REQID=reqid, MESSAGE=error.message)
-            record = None
-        if record is not None:
-            settle_run(rules.store, record)
+        _settle_request(rules.store, owner, reqid)
     lock.write("")
+
+
+def _settle_unrecorded(rules: JobRules) -> None:
+    """See to the runs that the disk had no room for. Their locks may tell nothing, for the same reason."""
+    store = _spare_rules(rules).store
+    for directory, _, names in os.walk(store.directory):
+        for name in names:
+            if name.endswith(".json"):
+                _settle_request(store, os.path.basename(directory), name[: -len(".json")])
 
 
 def recover_jobs(rules: JobRules) -> None:
     """After somebody was killed: no record stays at `running`, no script goes on unwatched. Never raises."""
+    try:
+        if rules.spare_dir:
+            _settle_unrecorded(rules)
+    except (OSError, CtrlExecError) as error:
+        LOG.event("run-store-fail", MESSAGE="recovery: %s" % error)
     try:
         names = os.listdir(rules.locks_dir)
     except OSError:  # nothing has ever run
@@ -6071,12 +6096,6 @@ def recover_jobs(rules: JobRules) -> None:
         except (OSError, CtrlExecError) as error:
             LOG.event("run-store-fail", MESSAGE="recovery: %s" % error)
         lock.release()
-
-
-def _spare_rules(rules: JobRules) -> JobRules:
-    """The same for a run that the disk has no room for: its record goes where it is lost when the host
-    restarts."""
-    return rules._replace(store=rules.store._replace(directory=os.path.join(rules.spare_dir, "runs")))
 
 
 def _acquire_slot(rules: JobRules, name: str) -> Optional[FileLock]:

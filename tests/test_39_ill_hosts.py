@@ -356,6 +356,35 @@ def test_a_script_that_runs_is_not_joined_by_an_unrecorded_one(fresh, tmp_path, 
     deployment.control.run("wait", submitted)
 
 
+@needs_root
+@pytest.mark.parametrize("how", ["full", "read-only"])
+def test_an_unrecorded_run_whose_supervisor_is_killed_ends(fresh, disks, tmp_path, how):
+    deployment = fresh(start=False)
+    solo, pids = deployment["solo"], tmp_path / "pids"
+    solo.script("held", 'echo $$ >> "$1"\nexec sleep 600\n', "unrecorded=yes")
+    disk = disks(solo.file(ctrl_exec.AGENT_VAR), "size=512k")
+    solo.start()
+    spoil(disk, how)
+    if how != "read-only":
+        spoil(disk, how)  # what ended meanwhile has left a little room
+    reqid = deployment.control.json("run", "--async", "solo", "held", "--", str(pids))[1]["reqid"]
+    pid = int(wait_until(lambda: pids.exists() and pids.read_text(), what="the script"))
+    path = os.path.join(solo.file(ctrl_exec.AGENT_RUN), "runs", "control", reqid + ".json")
+    with open(path) as file:
+        record = json.load(file)
+    assert record["status"] == "running"
+    os.kill(record["supervisor"], signal.SIGKILL)
+    wait_until(lambda: ctrl_exec.find_process(pid) is None, what="the end of the script")
+
+    def read_status():
+        with open(path) as file:
+            return json.load(file)["status"]
+
+    wait_until(lambda: read_status() == "done", what="the record")
+    assert solo.events("bug") == []
+    assert solo.stop() == 0
+
+
 def test_what_an_unrecorded_run_left_is_swept_by_the_runs_of_later_days(fresh):
     deployment = fresh()
     solo = deployment["solo"]
