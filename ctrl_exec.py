@@ -8427,7 +8427,8 @@ class _Budget:
             raise UsageError("the words have more than %d patterns with * or ?" % MAX_PATTERNS)
 
 
-def _match_word(word: str, names: list, get: Callable, budget: _Budget) -> Iterator[Agent]:
+def _expand_word(word: str, budget: _Budget) -> tuple:
+    """The names and patterns that a word means, and its port or 0. Raises UnknownHost and UsageError."""
     if is_ip_address(word.strip("[]")):
         message = "%s is an address, and hosts are named as they are registered" % one_line(word)
         raise UnknownHost(message, "see: ced list-agents")
@@ -8438,20 +8439,22 @@ def _match_word(word: str, names: list, get: Callable, budget: _Budget) -> Itera
         if "[" in expanded or "]" in expanded:
             shown = one_line(word[:80])
             raise UsageError("`%s` has a bracket that is no range such as [01-20] or [1,3,7-9]" % shown)
-        if "*" in expanded or "?" in expanded:
-            import fnmatch
+    try:
+        return expansions, parse_count(port, 1, 65535) if colon else 0
+    except ValueError as error:
+        raise UsageError("%s: the port must be %s" % (one_line(word), error)) from None
 
-            matching = [known for known in names if fnmatch.fnmatchcase(known, expanded)]
-            if not matching:
-                raise UnknownHost("no host matches %s" % one_line(expanded))
-        else:
-            matching = [expanded]
-        for found in matching:
-            agent = get(found)
-            try:
-                yield agent._replace(port=parse_count(port, 1, 65535)) if colon else agent
-            except ValueError as error:
-                raise UsageError("%s: the port must be %s" % (one_line(word), error)) from None
+
+def _match_names(expanded: str, names: list) -> list:
+    """The registered names that a name or pattern selects. Raises UnknownHost."""
+    if "*" not in expanded and "?" not in expanded:
+        return [expanded]
+    import fnmatch
+
+    matching = [known for known in names if fnmatch.fnmatchcase(known, expanded)]
+    if not matching:
+        raise UnknownHost("no host matches %s" % one_line(expanded))
+    return matching
 
 
 def has_tags(agent: Agent, tags: tuple) -> bool:
@@ -8479,9 +8482,12 @@ def select_agents(directory: str, selection: Selection, is_terse: bool = False) 
         has_patterns = any("*" in word or "?" in word for word in words)
         names = list_agent_names(directory) if has_patterns else []
         budget = _Budget()
-        for word in words:
-            for agent in _match_word(word, names, get, budget):
-                chosen.setdefault(agent.name, agent)
+        for expansions, port in [
+            _expand_word(word, budget) for word in words
+        ]:  # all is counted, then matched
+            for name in (name for expanded in expansions for name in _match_names(expanded, names)):
+                agent = get(name)
+                chosen.setdefault(name, agent._replace(port=port) if port else agent)
     agents = [agent for agent in chosen.values() if has_tags(agent, selection.tags)]
     if not agents:
         hint = "ced discovery learns the tags of hosts" if selection.tags else "see: ced list-agents"
