@@ -97,10 +97,16 @@ MAX_HEADERS = 32  # lines; real clients send fewer than 15
 MAX_HEAD = 32 * 1024  # bytes of request line and headers together
 MAX_JSON_DEPTH = 32  # levels; ours need 4, and the C parser's own limit differs between Pythons
 MAX_CSR = 10 * 1024  # bytes of PEM; RSA-4096 with long names needs 2 KiB
+MAX_JSON_VALUES = 250_000  # in one message; each costs some 100 bytes, and 5,000 scripts described are 40,000
 MAX_ANSWER = 160 * 1024 * 1024  # two streams of 10 MiB of the worst case: 6 bytes of JSON for one, + base64
+MAX_OFFER = 4 * 1024 * 1024  # what a host answers to /capabilities: 1,000 sidecars of a usual size
+MAX_TOGETHER = 192 * 1024 * 1024  # answers of all hosts in memory at once, besides the first MiB of each
+MAX_REMARK = 1000  # characters of a sentence or a fact in a host's answer
+MAX_OUTCOME = 200  # ... and of what a request's record keeps of it for each host
 MAX_LINE = 64 * 1024  # bytes of a streamed line that are held back until it ends
 MAX_STREAM = 2**40  # bytes of a streamed answer, which nobody holds
 MAX_STATE_FILE = 1024 * 1024  # any one of our own JSON files
+MAX_HOSTS_FILE = 16 * 1024 * 1024  # ... that has a line or more for each host
 MAX_HOST_FILE = 16 * 1024 * 1024  # host words of one command; 100,000 names of the greatest length are more
 MAX_LOCK_TEXT = 1024  # what a lock says about its holder: a host, a script, a request and a time
 MAX_SIDECAR = 64 * 1024
@@ -117,6 +123,7 @@ MAX_PLACE = 200_000  # files of one directory that a check looks at; a day's run
 MAX_FAULTS = 10  # of one directory that a check names: a screen of them says what is wrong
 MAX_ADDRESSES = 64  # of dispatchers that an agent remembers
 MAX_OWN_SERIALS = 256  # that one dispatcher can have in an agent's lists; a rotation a month needs 12 a year
+MAX_PATH = 4096  # bytes: PATH_MAX of Linux
 MAX_NAME = 253  # a host name (RFC 1035 section 2.3.4 less the root)
 MAX_SCRIPT_NAME = 128  # a script name becomes part of file names, which end at 255 bytes
 
@@ -743,9 +750,9 @@ def parse_object(text: str, path: str) -> dict:
     return value
 
 
-def read_json_file(path: str) -> dict:
+def read_json_file(path: str, limit: int = MAX_STATE_FILE) -> dict:
     """A JSON object of ours. Raises StorageError naming the file when it is cut short or not an object."""
-    return parse_object(read_text(path), path)
+    return parse_object(read_text(path, limit), path)
 
 
 def _sync_directory(directory: str) -> None:
@@ -864,9 +871,13 @@ def remove_temporaries(directory: str) -> None:
         pass
 
 
-def encode_state(value: dict) -> bytes:
-    """A state file of ours: JSON that a person can read and diff."""
-    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode("ascii")
+def encode_state(value: dict, limit: int = MAX_STATE_FILE) -> bytes:
+    """A state file of ours: JSON that a person can read and diff. Raises StorageError for one that is larger
+    than we would read: what was there stays."""
+    data = (json.dumps(value, indent=1, sort_keys=True) + "\n").encode("ascii")
+    if len(data) > limit:
+        raise StorageError("a record of %d bytes is not written: at most %d are read" % (len(data), limit))
+    return data
 
 
 def _command(words: str, path: str) -> str:
@@ -3623,21 +3634,23 @@ class Channel:
 # --- JSON -----------------------------------------------------------------------------------------------
 
 
-def check_json_depth(data: bytes) -> None:
-    """Raise BadRequest when brackets nest too deep, or there is more structure than any message of ours has:
+def check_json_structure(data: bytes) -> None:
+    """Raise BadRequest when brackets nest too deep, or there are more values than any message of ours has:
     before the parser, whose limit is its C stack, and which makes an object of every value.
 
     In steps that are linear in time and copy the data a few times at most: escapes go, so that every quote
     that is left begins or ends a string; every second piece between quotes is then outside of strings.
     """
-    if data.count(b"[") + data.count(b"{") <= MAX_JSON_DEPTH and data.count(b'"') <= MAX_BODY:
+    brackets = data.count(b"[") + data.count(b"{")
+    if brackets <= MAX_JSON_DEPTH and data.count(b",") <= MAX_JSON_VALUES:
         return
     pieces = data.replace(b"\\\\", b"").replace(b'\\"', b"")
-    if pieces.count(b'"') > MAX_BODY:
-        raise BadRequest("the JSON has more than %d strings" % (MAX_BODY // 2))
+    too_many = BadRequest("the JSON has more than %d values" % MAX_JSON_VALUES)
+    if pieces.count(b'"') > 4 * MAX_JSON_VALUES:  # a name and a value have four
+        raise too_many
     structure = b"".join(pieces.split(b'"')[0::2])
-    if len(structure) > 4 * MAX_BODY:
-        raise BadRequest("the JSON has more than %d bytes outside of strings" % (4 * MAX_BODY))
+    if sum(map(structure.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
+        raise too_many
     depth = 0
     for byte in re.findall(rb"[][{}]", structure):
         depth += 1 if byte in (b"[", b"{") else -1
@@ -3667,6 +3680,8 @@ def _short_number(text: str) -> int:
 
 def _finite(text: str) -> float:
     """A number that stays one: 1e999 would be written again as Infinity."""
+    if len(text) > 400:
+        raise BadRequest("a number with %d digits" % len(text))
     value = float(text)
     if value in (float("inf"), float("-inf")):
         _refuse_constant(text[:80])
@@ -3674,8 +3689,9 @@ def _finite(text: str) -> float:
 
 
 def parse_json(data: bytes) -> dict:
-    """A JSON object from the network: bounded depth, no duplicate names, no NaN. Raises BadRequest."""
-    check_json_depth(data)
+    """A JSON object from the network: bounded in depth and values, no duplicate names, no NaN.
+    Raises BadRequest."""
+    check_json_structure(data)
     try:
         text = data.decode("utf-8")
         value = json.loads(
@@ -3861,6 +3877,9 @@ _REASONS = {
 }  # fmt: skip
 
 
+EVENT_LINES = "application/x-ndjson"
+
+
 class Response(NamedTuple):
     """One HTTP answer. The body is an object, or chunks of text that were never whole in memory."""
 
@@ -3879,7 +3898,7 @@ def write_response(
     chunks = iter([encode_json(response.body)] if isinstance(response.body, dict) else response.body)
     first = b"" if response.is_live else next(chunks, b"")
     second = b"" if response.is_live else next(chunks, None)
-    kind = response.kind or ("application/x-ndjson" if response.is_live else "application/json")
+    kind = response.kind or (EVENT_LINES if response.is_live else "application/json")
     lines = [
         "HTTP/%s %d %s" % (version, response.status, _REASONS.get(response.status, "")),
         "Content-Type: " + kind,
@@ -4543,6 +4562,72 @@ class Patience:
         return self.seconds
 
 
+class Room:
+    """The memory that the answers of all hosts may take together."""
+
+    def __init__(self, size: int = MAX_TOGETHER) -> None:
+        self._free = size
+        self._kept = 0  # bytes of results that stay until the last one is there
+        self._readers: dict = {}  # answers that come now, the eldest first
+        self._change = threading.Condition()
+
+    def take(self, reader: object, size: int, deadline: Deadline) -> None:
+        """Room for `size` bytes more of an answer that is being read. The eldest of those that are may go
+        beyond the bound, so that they do not wait for each other.
+
+        Raises socket.timeout when there is no room in time, and TooLarge when it is needed for results that
+        stay.
+        """
+        with self._change:
+            self._readers.setdefault(reader)
+            while self._free < size:
+                if self._kept:
+                    raise TooLarge("the other results leave no room in memory for its answer")
+                if reader is next(iter(self._readers)):
+                    break
+                if not self._change.wait(max(0, deadline.left())):
+                    raise socket.timeout("timed out")
+            self._free -= size
+
+    def end(self, reader: object) -> None:
+        """The answer is read; what it has taken it has until that is given back."""
+        with self._change:
+            self._readers.pop(reader, None)
+            self._change.notify_all()
+
+    def give(self, size: int) -> None:
+        with self._change:
+            self._free += size
+            self._change.notify_all()
+
+    def keep(self, size: int) -> None:
+        """Say that so much of what was taken stays taken; less than nothing: that it does not."""
+        with self._change:
+            self._kept += size
+            self._change.notify_all()
+
+
+class AnswerRoom:
+    """What one answer has of the room."""
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+        self.size = 0
+
+    def take(self, size: int, deadline: Deadline) -> None:
+        """Have `size` bytes in all. Raises as `Room.take`."""
+        if size > self.size:
+            self._room.take(self, size - self.size, deadline)
+            self.size = size
+
+    def end(self, is_kept: bool) -> int:
+        """How many bytes stay taken now that the answer is read."""
+        size = self.size if is_kept else 0
+        self._room.give(self.size - size)
+        self._room.end(self)
+        return size
+
+
 class _Truth:
     """Turns what goes wrong with a request into a TransportError that tells whether the host can have acted:
     `unreachable` when it cannot, `timeout` when the deadline passed, `unknown` otherwise."""
@@ -4627,9 +4712,10 @@ class Connection:
         body: Optional[dict],
         deadline: Deadline,
         keep: bool = False,
-        limit: int = 16 * MAX_BODY,
+        limit: int = MAX_BODY,
+        room: Optional[AnswerRoom] = None,
     ) -> tuple:
-        """Send a request and read its answer whole: (status, object).
+        """Send a request and read its answer whole: (status, object). Of more than a MiB `room` is asked.
 
         Raises TransportError: `timeout` when the deadline passed, `unknown` when the connection broke after
         the request had left, `unreachable` when it cannot have arrived.
@@ -4639,7 +4725,11 @@ class Connection:
             truth.sent = True
             answer = read_answer(self._channel, deadline)
             self.is_kept = answer.version == "1.1" and "close" not in answer.headers.get("connection", "")
-            data = b"".join(read_body(self._channel, answer, deadline, limit))
+            data = bytearray()
+            for piece in read_body(self._channel, answer, deadline, limit):
+                data += piece
+                if room is not None and len(data) > MAX_BODY:
+                    room.take(len(data) - MAX_BODY, deadline)
             return answer.status, parse_json(data)  # with the same distrust as a request
 
     def _send(self, data: bytes, deadline: Deadline) -> None:
@@ -4661,8 +4751,9 @@ class Connection:
             raise broken
 
     def request_lines(
-        self, method: str, path: str, body: Optional[dict], deadline: Any, limit: int = MAX_STREAM
-    ) -> Iterator[tuple]:
+        self, method: str, path: str, body: Optional[dict], deadline: Any, room: Optional[AnswerRoom] = None,
+        limit: int = MAX_STREAM,
+    ) -> Iterator[tuple]:  # fmt: skip
         """Send a request, and yield (status, object) for each line of its answer as it comes.
 
         `deadline` is a Deadline or a Patience. Raises TransportError, as `request`.
@@ -4671,18 +4762,22 @@ class Connection:
             self._send(encode_request(method, path, self._name.split()[0], body, True), deadline)
             truth.sent = True
             answer = read_answer(self._channel, deadline)
+            # A release that does not stream answers with one object, whatever it was asked for.
+            is_whole = answer.headers.get("content-type", "") != EVENT_LINES
+            longest = MAX_ANSWER if is_whole else MAX_BODY
             rest = bytearray()
             for piece in read_body(self._channel, answer, deadline, limit):
                 rest += piece
                 if b"\n" in piece:
-                    *lines, last = bytes(rest).split(b"\n")
-                    rest = bytearray(last)
+                    *lines, rest = rest.split(b"\n")
                     for line in lines:
                         yield answer.status, parse_json(line)
-                if len(rest) > MAX_ANSWER:
-                    raise TooLarge("a line of the answer has more than %d bytes" % MAX_ANSWER)
+                if len(rest) > longest:
+                    raise TooLarge("a line of the answer has more than %d bytes" % longest)
+                if room is not None and len(rest) > MAX_BODY:
+                    room.take(len(rest) - MAX_BODY, deadline)
             if rest:
-                yield answer.status, parse_json(bytes(rest))
+                yield answer.status, parse_json(rest)
 
     def descriptor(self) -> int:
         return self._tls.fileno()
@@ -5011,7 +5106,7 @@ def load_sidecar(path: str) -> tuple:
         raise ValueError(error.message) from error
     try:
         schema = parse_json(data)
-        check_json_depth(b"[[[" + data)  # as deep as it stands in the answer to /capabilities
+        check_json_structure(b"[[[" + data)  # as deep as it stands in the answer to /capabilities
         json.dumps(schema, ensure_ascii=False).encode("utf-8")
     except (BadRequest, UnicodeEncodeError) as error:
         raise ValueError(getattr(error, "message", "half of a surrogate pair")) from error
@@ -5380,28 +5475,40 @@ def sweep_records(store: RunStore) -> None:
 # --- the answer -----------------------------------------------------------------------------------------
 
 
-def _render_text(path: str) -> Iterator[bytes]:
-    """The content of an output file as the inside of a JSON string; what is not UTF-8 is replaced."""
+_BLOCK = 49152  # bytes of output at a time; a multiple of 3, so that pieces in base64 join
+
+
+def _render_text(path: str, most: int) -> Iterator[bytes]:
+    """The content of an output file as the inside of a JSON string, as long as it and what `_render_base64`
+    makes of the same bytes have at most `most`; what is not UTF-8 is replaced. Returns how much it took."""
     import codecs
 
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    taken = 0
     with open(path, "rb") as file:
         while True:
-            data = file.read(49152)
+            data = file.read(_BLOCK)
             text = decoder.decode(data, final=not data)
-            yield json.dumps(text, ensure_ascii=False)[1:-1].encode("utf-8")
+            encoded = json.dumps(text, ensure_ascii=False)[1:-1].encode("utf-8")
+            most -= len(encoded) + len(data) * 4 // 3
+            if most < 0:
+                return taken
+            taken += len(data)
+            yield encoded
             if not data:
-                return
+                return taken
 
 
-def _render_base64(path: str) -> Iterator[bytes]:
+def _render_base64(path: str, size: int) -> Iterator[bytes]:
+    """The first `size` bytes of a file."""
     import base64
 
     with open(path, "rb") as file:
-        while True:
-            data = file.read(49152)  # a multiple of 3, so that the pieces join
+        while size > 0:
+            data = file.read(min(size, _BLOCK))
             if not data:
                 return
+            size -= len(data)
             yield base64.b64encode(data)
 
 
@@ -5433,20 +5540,26 @@ def describe_run(record: RunRecord) -> dict:
 
 
 def render_result(store: RunStore, record: RunRecord) -> Iterator[bytes]:
-    """A run's result as JSON text in pieces: whatever a script has written is never whole in memory."""
-    yield encode_json(describe_run(record))[:-1]
+    """A run's result as JSON text in pieces: whatever a script has written is never whole in memory. Of each
+    stream there is as much as a dispatcher takes; the rest counts as dropped."""
+    facts = describe_run(record)
+    dropped = {stream: facts.pop(stream + "_truncated", 0) for stream in STREAMS}
+    yield encode_json(facts)[:-1]
     for stream, suffix in STREAMS.items():
         path = record_path(store, record.owner, record.reqid, suffix)
         if not os.path.exists(path):
             yield b',"%s":""' % stream.encode("ascii")
             continue
         yield b',"%s":"' % stream.encode("ascii")
-        yield from _render_text(path)
+        taken = yield from _render_text(path, (MAX_ANSWER - MAX_BODY) // len(STREAMS))
         yield b'"'
         if not _is_utf8(path):
             yield b',"%s_base64":"' % stream.encode("ascii")
-            yield from _render_base64(path)
+            yield from _render_base64(path, taken)
             yield b'"'
+        dropped[stream] += os.path.getsize(path) - taken
+        if dropped[stream]:
+            yield b',"%s_truncated":%d' % (stream.encode("ascii"), dropped[stream])
     yield b"}"
 
 
@@ -8284,8 +8397,6 @@ def save_agent(directory: str, agent: Agent) -> None:
     """Write an agent's file. The caller holds `registry_lock`."""
     values = dict(agent.extra)
     values.update({key: value for key, value in agent._asdict().items() if key != "extra"})
-    if len(encode_state(values)) > MAX_STATE_FILE:
-        raise StorageError("the record of %s would be larger than %d bytes" % (agent.name, MAX_STATE_FILE))
     write_atomic(_agent_path(directory, agent.name), encode_state(values), mode=0o640, durable=True)
 
 
@@ -8537,7 +8648,7 @@ def save_request(directory: str, record: RequestRecord) -> None:
     """Write a request's record. Raises StorageError."""
     make_directory(directory, 0o750)
     values = dict(record._asdict(), hosts={name: list(outcome) for name, outcome in record.hosts.items()})
-    write_atomic(_run_path(directory, record.reqid), encode_state(values), mode=0o640)
+    write_atomic(_run_path(directory, record.reqid), encode_state(values, MAX_HOSTS_FILE), mode=0o640)
 
 
 _RUN_FORMS = {  # of the fields of a request's record, which the HTTP API's user can write as well as root
@@ -8581,7 +8692,7 @@ def get_request(directory: str, reqid: str) -> RequestRecord:
     """The record of a request. Raises NotFound, and StorageError for one that cannot be used."""
     path = _run_path(directory, reqid)
     try:
-        return _parse_run(read_json_file(path), path)
+        return _parse_run(read_json_file(path, MAX_HOSTS_FILE), path)
     except FileNotFoundError:
         raise NotFound("No such request: %s" % reqid, "see: ced history") from None
 
@@ -8615,7 +8726,8 @@ def list_request_records(directory: str, last: int = 0) -> tuple:
         if last and len(began) >= last and began[0] > changed + MAX_SKEW:
             break
         try:
-            records.append(_parse_run(read_json_file(os.path.join(directory, name)), name))
+            path = os.path.join(directory, name)
+            records.append(_parse_run(read_json_file(path, MAX_HOSTS_FILE), name))
         except FileNotFoundError:  # swept meanwhile
             continue
         except StorageError as error:
@@ -9771,6 +9883,7 @@ class HostResult(NamedTuple):
     hint: str = ""
     answer: dict = {}  # what the agent said, checked
     note: Optional[Finding] = None  # what was done for it besides
+    size: int = 0  # bytes that the answer has of the client's Room
 
 
 STATES = ("ok", "accepted", "failed", "refused", "busy", "timeout", "unreachable", "unknown")
@@ -9822,6 +9935,33 @@ def fan_out(agents: list, work: Callable, parallel: int) -> Iterator[HostResult]
             yield result
     finally:
         stopped.set()
+
+
+_OUTPUT = (*STREAMS, *(stream + "_base64" for stream in STREAMS))
+_SENTENCES = ("faults", "left")  # members of an answer that are lists of them
+_LISTS = ("scripts", "tags")  # ... and those that have a form of their own
+
+
+def shorten_answer(answer: dict) -> dict:
+    """An agent's answer with each of its texts as long as such a text is, and without lists and objects that
+    no answer has: it goes on into logs, records and tables."""
+    short: dict = {}
+    for key, value in answer.items():
+        if type(value) is str and len(value) > MAX_REMARK and key not in _OUTPUT:
+            value = value[:MAX_REMARK] + "..."
+        elif key in _SENTENCES and type(value) is list:
+            value = [entry[:MAX_REMARK] if type(entry) is str else entry for entry in value[:100]]
+        elif type(value) in (list, dict) and key not in _LISTS:
+            value = type(value)()  # no answer has one there; who asks for a text sees that it is none
+        if len(key) <= MAX_REMARK:
+            short[key] = value
+    return short
+
+
+def without_output(answer: dict) -> dict:
+    """An answer for those who only want to know how a run went."""
+    short = {key: value for key, value in answer.items() if key not in _OUTPUT}
+    return dict(short, **dict.fromkeys(STREAMS, "")) if short else short
 
 
 class _Malformed(Exception):
@@ -9889,6 +10029,8 @@ def judge_capabilities(status: int, answer: dict) -> tuple:
             raise _Malformed("the agent's answer lists a script without a valid name")
         if name in names or len(names) >= MAX_OFFERS:
             raise _Malformed("the agent's answer lists a script twice, or more than %d" % MAX_OFFERS)
+        if any(type(value) is str and len(value) > MAX_PATH for value in entry.values()):
+            raise _Malformed("the agent's answer says more of a script than there can be")
         names.add(name)
     return "ok", ""
 
@@ -9988,9 +10130,9 @@ class _Received:
     def take(self, status: int, event: dict) -> Optional[tuple]:
         """Deal with one line; (state, error, answer) when it was the last one. Raises _Malformed."""
         if "event" not in event:
-            return self._take_whole(status, event)
+            return self._take_whole(status, shorten_answer(event))
         if event["event"] == "end":
-            answer = dict(event, **dict.fromkeys(STREAMS, ""))
+            answer = without_output(shorten_answer(event))
             return (*judge_run(200, answer), answer)
         if event["event"] == "output":
             self._take_output(event)
@@ -10005,7 +10147,7 @@ class _Received:
             if state in ("ok", "failed") and self._show is not None:
                 data = str(answer.get(stream, "")).encode("utf-8", "surrogatepass")
                 self._show(self._host, stream, data[max(0, self._offsets[stream]) :])
-        return state, error, dict(answer, **dict.fromkeys(STREAMS, ""))
+        return state, error, without_output(answer)
 
     def _take_output(self, event: dict) -> None:
         import base64
@@ -10023,6 +10165,11 @@ class _Received:
             self._show(self._host, event["stream"], data)
 
 
+def quote_refusal(status: int, answer: dict) -> str:
+    """What an agent says about what it does not do."""
+    return one_line(str(answer.get("error", "it answered %d" % status))[:MAX_REMARK])
+
+
 class HostSession:
     """Requests to one host, one after the other, over one connection for as long as the host keeps it: an
     agent closes it, for one, when it reloads what a request has changed. Only for what may be asked twice."""
@@ -10033,19 +10180,22 @@ class HostSession:
         self._connection = connect()
         self._is_used = False
 
-    def request(self, method: str, path: str, body: Optional[dict], deadline: Deadline, limit: int) -> tuple:
+    def request(
+        self, method: str, path: str, body: Optional[dict], deadline: Deadline, limit: int = MAX_BODY,
+        room: Optional[AnswerRoom] = None,
+    ) -> tuple:  # fmt: skip
         """As `Connection.request`."""
         was_used, self._is_used = self._is_used, True
         if was_used and not self._connection.is_kept:
             self._renew()
             was_used = False
         try:
-            return self._connection.request(method, path, body, deadline, True, limit)
+            return self._connection.request(method, path, body, deadline, True, limit, room)
         except TransportError as error:
             if not was_used or error.state == "timeout":
                 raise
             self._renew()
-        return self._connection.request(method, path, body, deadline, True, limit)
+        return self._connection.request(method, path, body, deadline, True, limit, room)
 
     def _renew(self) -> None:
         self._connection.close()
@@ -10064,12 +10214,16 @@ class HostSession:
         self._connection.close()
 
 
+_LONG_ANSWERS = (("/run", MAX_ANSWER), ("/result/", MAX_ANSWER), ("/capabilities", MAX_OFFER))
+
+
 class HostClient:
     """Speaks with hosts, one call to one host at a time; whatever happens comes back as a result."""
 
     def __init__(self, config: Config, count: Optional[Callable] = None) -> None:
         """`count(worked)` is told how each attempt to connect went. Raises TrustError when the dispatcher's
         own identity cannot be used."""
+        self.room = Room()
         self._config = config
         self._count = count
         self._handshakes = threading.BoundedSemaphore(config.max_parallel)
@@ -10111,14 +10265,17 @@ class HostClient:
         """One request to one host, whatever happens, as a result; `seconds` instead of `read_timeout`.
 
         After a good answer `then(agent, session, is_current)` may go on with the host, and returns the
-        result's note; `is_current`: the agent trusts our present certificate.
+        result's note; `is_current`: the agent trusts our present certificate. Who gets the result gives its
+        `size` back to `room`.
         """
+        room = AnswerRoom(self.room)
 
         def exchange(context: Any) -> tuple:
             deadline = Deadline(seconds or self._config.read_timeout)
-            limit = 16 * MAX_BODY if path == "/capabilities" else MAX_ANSWER  # sidecars are 64 KiB each
+            limit = next((most for start, most in _LONG_ANSWERS if path.startswith(start)), MAX_BODY)
             with HostSession(lambda: self._connect(agent, context)) as session:
-                status, answer = session.request(method, path, body, deadline, limit)
+                status, answer = session.request(method, path, body, deadline, limit, room)
+                answer = shorten_answer(answer)
                 _check_known(status, answer)
                 state, error = judge(status, answer)
                 note = None
@@ -10126,7 +10283,13 @@ class HostClient:
                     note = then(agent, session, context is self._context)
                 return state, error, answer, note
 
-        return self._judge_safely(agent, reqid, lambda: self._as_known(agent, reqid, exchange))
+        has_output = False
+        try:
+            result = self._judge_safely(agent, reqid, lambda: self._as_known(agent, reqid, exchange))
+            has_output = is_run_answer(result.answer)
+        finally:
+            size = room.end(has_output)
+        return result._replace(size=size)
 
     def _judge_safely(self, agent: Agent, reqid: str, exchange: Callable) -> HostResult:
         """What `exchange()` says, which is (state, error, answer, note), and what went wrong instead."""
@@ -10179,7 +10342,7 @@ class HostClient:
                 with HostSession(lambda: self._connect(agent, context)) as session:
                     for path, body in requests:
                         deadline = Deadline(self._config.read_timeout)
-                        status, _ = session.request("POST", path, body, deadline, MAX_BODY)
+                        status, _ = session.request("POST", path, body, deadline)
                         if status in (404, 405):
                             return context
             except (TransportError, TrustError):
@@ -10198,7 +10361,7 @@ class HostClient:
                 status, answer = connection.request("POST", "/ping", body, deadline)
         except (TransportError, TrustError) as error:
             return error.message
-        return "" if status == 200 else str(answer.get("error", "it answered %d" % status))
+        return "" if status == 200 else quote_refusal(status, answer)
 
     def _remember_trust(self, agent: Agent, serial: str) -> None:
         """Note in the registry that a host has heard of our present certificate."""
@@ -10244,6 +10407,7 @@ class HostClient:
         often as the host gives a sign of life, to end all this by what it raises: BrokenPipeError."""
         seconds = self._config.read_timeout
         received = _Received(agent.name, run is not None, show, begin)
+        room = AnswerRoom(self.room)
         body = run
 
         def exchange(context: Any) -> tuple:
@@ -10256,7 +10420,8 @@ class HostClient:
                     method, path = "GET", "/follow/%s?%s" % (reqid, received.where())
                 try:
                     with self._connect(agent, context) as connection:
-                        for status, event in connection.request_lines(method, path, body, Patience(seconds)):
+                        lines = connection.request_lines(method, path, body, Patience(seconds), room)
+                        for status, event in lines:
                             if check is not None:
                                 check()
                             _check_known(status, event)
@@ -10266,6 +10431,8 @@ class HostClient:
                             heard = True
                     raise TransportError("%s ended the stream too early" % agent.name, "unknown")
                 except TransportError as problem:
+                    if problem.is_refusal and body is None:
+                        raise TransportError(problem.message, "unknown", is_refusal=True) from None
                     if lost is None and problem.state == "unreachable" and body is not None:
                         raise  # nothing has been sent
                     lost = lost or problem
@@ -10277,7 +10444,10 @@ class HostClient:
                 body = None
             raise TransportError(lost.message, "unknown")
 
-        return self._judge_safely(agent, reqid, lambda: self._as_known(agent, reqid, exchange))
+        try:
+            return self._judge_safely(agent, reqid, lambda: self._as_known(agent, reqid, exchange))
+        finally:
+            room.end(False)
 
 
 # ======================================================================================================
@@ -10298,7 +10468,7 @@ def _update_request(record: RequestRecord, results: list, is_first: bool = False
         if result.state in OPEN_STATES and known not in OPEN_STATES:
             continue  # what was known is better
         exit_status = result.answer["exit"] if is_run_answer(result.answer) else -1
-        hosts[result.host] = Outcome(result.state, exit_status, result.error)
+        hosts[result.host] = Outcome(result.state, exit_status, result.error[:MAX_OUTCOME])
     has_ended = all(outcome.state not in OPEN_STATES for outcome in hosts.values())
     return record._replace(hosts=hosts, finished=record.finished or (iso_time(now()) if has_ended else ""))
 
@@ -10307,7 +10477,7 @@ def _as_ended(result: HostResult) -> HostResult:
     """What an answer to /cancel says of how the run went, if it has ended."""
     if result.state not in ("cancelled", "done") or type(result.answer.get("exit")) is not int:
         return result
-    answer = dict(result.answer, **dict.fromkeys(STREAMS, ""))
+    answer = without_output(result.answer)
     state, error = judge_run(200, answer)
     return result._replace(state=state, error=error, answer=answer)
 
@@ -10363,13 +10533,24 @@ class Dispatcher:
         action = "ping" if context.action == "discovery" else context.action
         self._hook.decide(context._replace(action=action))
 
-    def _each(self, agents: list, action: str, work: Callable, parallel: int = 0) -> Iterator[HostResult]:
-        for result in fan_out(agents, work, parallel or self._config.max_parallel):
-            fields = {"REQID": result.reqid, "HOST": result.host, "STATE": result.state}
-            if result.error:
-                fields["ERROR"] = result.error
-            LOG.event(action, RTT="%dms" % (result.rtt * 1000), **fields)
-            yield result
+    def _each(
+        self, agents: list, action: str, work: Callable, parallel: int = 0, keep: bool = True
+    ) -> Iterator[HostResult]:
+        """`keep`: the caller keeps all results, and not each until it asks for the next."""
+        kept, room = 0, self.client.room
+        try:
+            for result in fan_out(agents, work, parallel or self._config.max_parallel):
+                fields = {"REQID": result.reqid, "HOST": result.host, "STATE": result.state}
+                if result.error:
+                    fields["ERROR"] = result.error
+                LOG.event(action, RTT="%dms" % (result.rtt * 1000), **fields)
+                kept += result.size if keep else 0
+                room.keep(result.size if keep else 0)
+                yield result
+                room.give(0 if keep else result.size)
+        finally:
+            room.keep(-kept)
+            room.give(kept)
 
     def ping(self, agents: list, reqid: str, then: Optional[Callable] = None) -> Iterator[HostResult]:
         """Ask every agent whether it is there; `then` as in `HostClient.call`."""
@@ -10403,11 +10584,13 @@ class Dispatcher:
 
     # --- runs ----------------------------------------------------------------------------------------------
 
-    def run(self, agents: list, request: RunRequest, show: Optional[Callable] = None) -> Iterator[HostResult]:
+    def run(
+        self, agents: list, request: RunRequest, show: Optional[Callable] = None, keep: bool = True
+    ) -> Iterator[HostResult]:
         """Run a script on every agent, under the locks of all host:script pairs until the last result.
 
-        `show(host, stream, data)` gets what a streamed run writes, from several threads. Raises Locked and
-        StorageError on the first step, before anything is sent.
+        `show(host, stream, data)` gets what a streamed run writes, from several threads. `keep`: the caller
+        keeps all results. Raises Locked and StorageError on the first step, before anything is sent.
         """
         check_run_request(request)
         body = {"script": request.script, "args": list(request.args), "reqid": request.reqid}
@@ -10434,8 +10617,9 @@ class Dispatcher:
             LOG.event("dispatch", REQID=request.reqid, SCRIPT=request.script, **facts)
             results: list = []
             try:
-                for result in self._each(agents, "run" if request.mode != "async" else "run-async", work):
-                    results.append(result)
+                action = "run" if request.mode != "async" else "run-async"
+                for result in self._each(agents, action, work, keep=keep):
+                    results.append(result._replace(answer=without_output(result.answer)))
                     yield result
             finally:
                 skipped = Outcome("skipped", -1, "interrupted before anything was sent")
@@ -10547,7 +10731,7 @@ class Dispatcher:
                     error = "its output cannot be had now: " + result.error
                     answer = {"exit": known.exit, **dict.fromkeys(STREAMS, "")}
                     result = result._replace(state=known.state, error=error, answer=answer)
-                results.append(result)
+                results.append(result._replace(answer=without_output(result.answer)))
                 yield result
         finally:
             self._note(record, results)
@@ -10815,7 +10999,7 @@ class _NewerFormat(Exception):
 def load_rotation(path: str) -> Rotation:
     """What rotation.json says. Raises StorageError."""
     try:
-        values = read_json_file(path)
+        values = read_json_file(path, MAX_HOSTS_FILE)
         if values.get("format", 1) != ROTATION_FORMAT:
             raise _NewerFormat
         tables = [_read_entries(values, table, names, path) for table, names in _NAMES.items()]
@@ -10838,12 +11022,9 @@ def edit_rotation(path: str, edit: Callable) -> Rotation:
         rotation = edit(load_rotation(path))
         values = {key: value for key, value in rotation._asdict().items() if key != "extra"}
         values.update(format=ROTATION_FORMAT)
-        write_atomic(path, encode_state(dict(rotation.extra, **values)), mode=0o640, durable=True)
+        data = encode_state(dict(rotation.extra, **values), MAX_HOSTS_FILE)
+        write_atomic(path, data, mode=0o640, durable=True)
     return rotation
-
-
-def _quote_error(status: int, answer: dict) -> str:
-    return one_line(str(answer.get("error", "it answered %d" % status))[:300])
 
 
 class _Visit(NamedTuple):
@@ -10861,7 +11042,7 @@ class _Visit(NamedTuple):
     def ask(self, path: str, **body: str) -> tuple:
         """One more request: (status, answer). Raises TransportError."""
         body["reqid"] = self.reqid
-        return self.session.request("POST", path, body, self.deadline, MAX_BODY)
+        return self.session.request("POST", path, body, self.deadline)
 
     def rotate(self, action: str, serial: str) -> None:
         """Have the agent trust a serial, trust it no more, or revoke it. Raises Denied when it does not."""
@@ -10872,7 +11053,7 @@ class _Visit(NamedTuple):
             raise Denied("it runs an older agent, which cannot be told of certificates")
         if status != 200:
             words = {"add": "to trust", "remove": "to give up", "revoke": "to refuse"}[action], serial
-            raise Denied("it was asked %s %s: %s" % (*words, _quote_error(status, answer)))
+            raise Denied("it was asked %s %s: %s" % (*words, quote_refusal(status, answer)))
 
 
 class Caretaker:
@@ -10986,7 +11167,7 @@ class Caretaker:
             return ""
         csr = answer.get("csr")
         if status != 200 or type(csr) is not str:
-            raise TrustError("it gave no certificate request: %s" % _quote_error(status, answer))
+            raise TrustError("it gave no certificate request: %s" % quote_refusal(status, answer))
         self._openssl.check_request(csr)
         if parse_request(csr).public_key != parse_certificate(visit.session.peer_pem()).public_key:
             raise TrustError("its certificate request is for another key than it holds")
@@ -11010,7 +11191,7 @@ class Caretaker:
         if status in (404, 405):
             raise Denied("it runs an older agent, which cannot be told of the CA's successor")
         if status != 200:
-            raise TrustError("it refused the renewal: %s" % _quote_error(status, answer))
+            raise TrustError("it refused the renewal: %s" % quote_refusal(status, answer))
         if "ca" in body:
             self._update(visit, lambda known: known._replace(cas=self.cas))
         if not certificate:
@@ -13402,12 +13583,14 @@ def _run_on_hosts(args: Any, opened: _Opened, request: RunRequest) -> list:
     """Run, and print what there is as it comes; the results."""
     live = _find_live(args, opened.agents)
     results = []
-    for result in opened.dispatcher.run(opened.agents, request, live.show if live else None):
-        results.append(result)
+    show = live.show if live else None
+    for result in opened.dispatcher.run(opened.agents, request, show, keep=args.json):
         if live:
             live.end(result.host)
         if args.json:
+            results.append(result)
             continue
+        results.append(result._replace(answer={}))
         if request.mode == "async":
             say(_render_submission(result))
         else:

@@ -1,5 +1,6 @@
 """What an agent keeps of a run, and how it is shown while it grows."""
 
+import base64
 import fcntl
 import json
 import os
@@ -244,3 +245,18 @@ def test_a_sweep_is_due_once_in_a_twenty_fourth_of_the_time(tmp_path):
     future = time.time() + 9999  # somebody set the clock back
     os.utime(os.path.join(directory, ".swept"), (future, future))
     assert ctrl_exec.is_sweep_due(directory, 2400)
+
+
+@pytest.mark.parametrize("piece", [b"a", b"\x01", b"\xff", "\u20ac".encode()], ids=["text", "control", "binary", "euro"])
+def test_a_result_is_never_longer_than_a_dispatcher_takes(store, monkeypatch, piece):
+    monkeypatch.setattr(ctrl_exec, "MAX_ANSWER", 3 * ctrl_exec.MAX_BODY)
+    out = piece * ((4 << 20) // len(piece))
+    record = put(store, "r1", out, b"short\n", stdout_truncated=7)
+    data = b"".join(ctrl_exec.render_result(store, record))
+    assert len(data) <= ctrl_exec.MAX_ANSWER
+    result = ctrl_exec.parse_json(data)
+    kept = base64.b64decode(result["stdout_base64"]) if piece == b"\xff" else result["stdout"].encode()
+    assert result["stderr"] == "short\n" and "stderr_truncated" not in result
+    assert len(kept) > 90_000
+    if piece != "\u20ac".encode():  # which may be cut in its middle
+        assert out.startswith(kept) and result["stdout_truncated"] == 7 + len(out) - len(kept)

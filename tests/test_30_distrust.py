@@ -203,7 +203,7 @@ def test_a_sidecar_that_others_could_point_elsewhere_is_left_out(tmp_path):
     ],
 )
 def test_brackets_inside_strings_and_beside_each_other_are_not_depth(data):
-    ctrl_exec.check_json_depth(data)
+    ctrl_exec.check_json_structure(data)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_brackets_inside_strings_and_beside_each_other_are_not_depth(data):
 )
 def test_depth_and_masses_of_values_are_refused_before_they_are_parsed(data):
     with pytest.raises(ctrl_exec.BadRequest):
-        ctrl_exec.check_json_depth(data)
+        ctrl_exec.check_json_structure(data)
 
 
 @pytest.mark.parametrize("escape", ["\\n", '\\"', "\\\\"], ids=["newlines", "quotes", "backslashes"])
@@ -228,7 +228,7 @@ def test_the_look_at_depth_takes_a_few_times_the_memory_of_the_data_at_most(esca
         "import resource, sys; sys.path.insert(0, sys.argv[1]); import ctrl_exec\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
         "data = b'{\"x\":\"' + b'[' * 40 + sys.argv[2].encode() * (5 << 20) + b'\"}'\n"
-        "before = peak(); ctrl_exec.check_json_depth(data); print((peak() - before) / len(data))"
+        "before = peak(); ctrl_exec.check_json_structure(data); print((peak() - before) / len(data))"
     )
     words = [sys.executable, "-I", "-c", code, os.path.dirname(support.PROGRAM), escape]
     done = subprocess.run(words, capture_output=True, timeout=120)

@@ -146,6 +146,158 @@ def test_a_host_has_no_more_than_sixty_four_tags(fresh):
     assert len(ctrl_exec.find_agent(site.control.config.registry_dir, "solo").tags) == ctrl_exec.MAX_TAGS
 
 
+# --- one agent against the rest ----------------------------------------------------------------------------
+
+
+def done_with(body):
+    return {"script": "hello", "exit": 0, "stdout": "", "stderr": "", **body}
+
+
+@pytest.fixture
+def pair(fresh):
+    """(deployment, start a liar in the place of its host `bad`); its host `good` works."""
+    site = fresh("bad", "good", start=False)
+    site["good"].start()
+    liars = []
+
+    def lie(answer):
+        liars.append(Liar(site["bad"], answer))
+
+    yield site, lie
+    for liar in liars:
+        liar.close()
+
+
+@pytest.mark.parametrize("status, exit_status", [(200, 3), (403, 0), (500, 0)], ids=["ran", "refused", "failed"])
+def test_a_long_error_of_one_host_spoils_the_record_of_none(pair, status, exit_status):
+    site, lie = pair
+    lie(lambda *_: (status, done_with({"exit": exit_status, "error": "x" * (3 << 20)})))
+    done = site.control.run("run", "--all", "hello", "--json")
+    entries = {one["host"]: one for one in json.loads(done.out)["results"]}
+    assert entries["good"]["stdout"] == "hello\n"
+    assert entries["bad"]["error"].startswith("xxx") and len(entries["bad"]["error"]) < 1100
+    for verb in ("status", "wait", "cancel"):
+        shown = site.control.run(verb, json.loads(done.out)["reqid"])
+        assert "good  [done" in shown.out and len(shown.out) < 4000, shown
+    path = os.path.join(site.control.config.runs_dir, json.loads(done.out)["reqid"] + ".json")
+    assert os.path.getsize(path) < 1000
+
+
+@pytest.mark.parametrize(
+    "words, body",
+    [
+        (("ping",), {"status": "ok", "host": "bad", "version": "1", "expiry": "", "junk": "x" * (2 << 20)}),
+        (("discovery",), {"status": "ok", "host": "bad", "version": "1", "scripts": [], "junk": "x" * (5 << 20)}),
+        (("run", "hello"), done_with({"junk": [0] * 300_000})),
+        (("run", "hello"), done_with({"junk": [1e9] * 5_000_000})),
+    ],
+    ids=["ping", "discovery", "numbers", "more numbers"],
+)
+def test_an_answer_beyond_its_question_costs_its_own_host_only(pair, words, body):
+    site, lie = pair
+    lie(lambda *_: (200, body))
+    done = site.control.run(words[0], "bad", "good", *words[1:], "--json")
+    shown = json.loads(done.out)
+    entries = shown["hosts"] if "hosts" in shown else {one["host"]: one for one in shown["results"]}
+    assert done.returncode == 1 and "the" in entries["bad"]["error"] and "more than" in entries["bad"]["error"]
+    assert entries["good"].get("status") == "ok" or entries["good"]["state"] == "ok"
+
+
+@pytest.mark.parametrize("key", ["version", "expiry", "status"])
+def test_a_long_text_of_a_ping_is_cut(pair, key):
+    site, lie = pair
+    lie(lambda *_: (200, {"status": "ok", "host": "bad", "version": "1", "expiry": "", key: "y" * 900_000}))
+    assert len(site.control.run("ping", "--all").out) < 5000
+
+
+def test_a_script_of_an_offer_says_no_more_than_there_can_be(pair):
+    site, lie = pair
+    scripts = [{"name": "a", "path": "/" + "x" * 5000, "executable": True}]
+    lie(lambda *_: (200, {"status": "ok", "host": "bad", "version": "1", "scripts": scripts}))
+    done = site.control.run("discovery", "--all")
+    assert done.returncode == 1 and "more of a script" in done.out and "hello" in done.out
+
+
+@pytest.mark.parametrize("text", [b'"x":' + b"1," * 300_000 + b"1", b'"x":[' + b'"",' * 300_000 + b'""]'])
+def test_masses_of_flat_values_are_refused_before_they_are_parsed(text, monkeypatch):
+    monkeypatch.setattr(ctrl_exec.json, "loads", lambda *_, **__: pytest.fail("parsed"))
+    with pytest.raises(ctrl_exec.BadRequest, match="values"):
+        ctrl_exec.parse_json(b"{" + text + b"}")
+
+
+def test_a_text_with_many_commas_is_one_value():
+    assert len(ctrl_exec.parse_json(b'{"x":"' + b"," * 600_000 + b'"}')["x"]) == 600_000
+
+
+@pytest.mark.parametrize("text", [b"1" * 100, b"1." + b"0" * 500])
+def test_a_number_with_hundreds_of_digits_is_none(text):
+    with pytest.raises(ctrl_exec.BadRequest, match="digits"):
+        ctrl_exec.parse_json(b'{"x":' + text + b"}")
+
+
+def run_for_large_answers(site, lie, keep):
+    """The states of three requests at once to a host that answers 3 MiB, with room for one of them."""
+    lie(lambda *_: (200, done_with({"stdout": "z" * (3 << 20)})))
+    dispatcher = ctrl_exec.Dispatcher(site.control.config)
+    dispatcher.client.room = ctrl_exec.Room(5 << 19)
+    agent = ctrl_exec.find_agent(site.control.config.registry_dir, "bad")
+    agents = [agent._replace(name=name) for name in ("one", "two", "three")]
+    request = ctrl_exec.RunRequest("hello", (), ctrl_exec.new_id(), "me")
+    results = list(dispatcher.run(agents, request, keep=keep))
+    room = dispatcher.client.room
+    for _ in range(2):  # all of it has been given back: the second reader is not the eldest
+        room.take(object(), 5 << 18, ctrl_exec.Deadline(0.1))
+    return results
+
+
+def test_large_answers_come_one_after_the_other_when_memory_holds_one(pair):
+    assert [result.state for result in run_for_large_answers(*pair, keep=False)] == ["ok"] * 3
+
+
+def test_results_that_are_kept_together_have_a_bound_together(pair):
+    results = run_for_large_answers(*pair, keep=True)
+    lost = [result for result in results if result.state != "ok"]
+    assert len(lost) in (1, 2)  # the eldest that is being read may go beyond the bound
+    assert {result.state for result in lost} == {"unknown"}
+    assert all("no room" in result.error and "ced wait" in result.hint for result in lost)
+
+
+def test_a_record_of_very_many_hosts_is_read_back_and_a_larger_one_is_not_written(tmp_path):
+    outcome = ctrl_exec.Outcome("unreachable", -1, "e" * ctrl_exec.MAX_OUTCOME)
+    record = ctrl_exec.RequestRecord("r1", "hello", "sync", "me", "", "2026-01-01T00:00:00Z", {})
+    for number in range(40_000):
+        record.hosts["host-%d" % number] = outcome
+    ctrl_exec.save_request(str(tmp_path), record)
+    assert ctrl_exec.get_request(str(tmp_path), "r1") == record
+    for number in range(40_000):
+        record.hosts["host-with-a-longer-name-%d" % number] = outcome
+    with pytest.raises(ctrl_exec.StorageError, match="is not written"):
+        ctrl_exec.save_request(str(tmp_path), record)
+    assert len(ctrl_exec.get_request(str(tmp_path), "r1").hosts) == 40_000
+
+
+def test_who_follows_introduces_himself_to_a_host_that_refuses_his_certificate(fresh, tmp_path, monkeypatch):
+    site = fresh()
+    reqid = json.loads(site.control.run("run", "solo", "hello", "--async", "--json").out)["reqid"]
+    client = ctrl_exec.HostClient(site.control.config)
+    known, asked = client._context, []
+    ctrl_exec.new_ca(OPENSSL, str(tmp_path / "ca.crt"), "ec", "another")
+    key, cert = str(tmp_path / "other.key"), str(tmp_path / "other.crt")
+    ctrl_exec.new_key_file(OPENSSL, key, "ec")
+    pem = OPENSSL.sign(
+        OPENSSL.new_request(key, "control"), "control", "dispatcher", 9, str(tmp_path / "ca.crt"),
+        str(tmp_path / "ca.key"),
+    )  # fmt: skip
+    ctrl_exec.write_atomic(cert, pem.encode())
+    client._context = ctrl_exec.new_client_context(ctrl_exec.Identity(cert, key, site.control.config.ca))
+    monkeypatch.setattr(client, "_introduce", lambda *_: asked.append(1) or known)
+    agent = ctrl_exec.find_agent(site.control.config.registry_dir, "solo")
+    shown = []
+    result = client.follow(agent, reqid, None, lambda *words: shown.append(words))
+    assert (asked, result.state) == ([1], "ok")
+    assert shown == [("solo", "stdout", b"hello\n")]
+
+
 # --- a dispatcher against another ------------------------------------------------------------------------------
 
 

@@ -721,10 +721,11 @@ while True:
 def test_nothing_is_left_of_a_script_that_forks_as_it_is_killed(fresh, tmp_path, how):
     deployment = fresh()
     solo, note = deployment["solo"], str(tmp_path / "note")
-    solo.script("reforks", REFORKER, interpreter=sys.executable)
+    name = "reforks-%d" % os.getpid()  # for other runs of this test at the same time
+    solo.script(name, REFORKER, interpreter=sys.executable)
     solo.reload()
     options = ["--timeout", "1"] if how == "time limit" else []
-    reqid = deployment.control.json("run", *options, "--async", "solo", "reforks", "--", note)[1]["reqid"]
+    reqid = deployment.control.json("run", *options, "--async", "solo", name, "--", note)[1]["reqid"]
     wait_until(lambda: os.path.exists(note), what="the script")
     supervisor = solo.record(reqid)["supervisor"]
     wait_until(lambda: len(ctrl_exec.list_descendants(supervisor)) > 1, what="its children")
@@ -734,7 +735,7 @@ def test_nothing_is_left_of_a_script_that_forks_as_it_is_killed(fresh, tmp_path,
     deployment.control.run("wait", reqid)
     record = solo.record(reqid)
     assert (record["timed_out"], record["cancelled"]) == (how == "time limit", how == "cancel")
-    assert [one for one in ctrl_exec.list_processes() if script_of(one.pid) == "reforks"] == []
+    assert [one for one in ctrl_exec.list_processes() if script_of(one.pid) == name] == []
 
 
 def script_of(pid):
