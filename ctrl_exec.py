@@ -1960,6 +1960,13 @@ SETTINGS = (
     Setting("agent", "rate_limit_probe", parse_rate, "3/600/3600", "failed TLS handshakes, per address"),
     Setting("agent", "rate_limit_disable", parse_yes_no, "no", "no rate limits"),
     Setting("agent", "max_connections", parse_positive, "256", "connections at once", "max_children"),
+    Setting(
+        "agent",
+        "authenticated_requests",
+        parse_choice("prefer", "require"),
+        "prefer",
+        "require: refuse dispatchers with whom no secret is agreed (they pair again, or run ced maintain)",
+    ),  # fmt: skip
     Setting("agent", "stdin_timeout", parse_positive, "10", "seconds a script has to read its request"),
     Setting("agent", "runs_dir", parse_path, AGENT_VAR + "/runs", "run records", "async_runs_dir"),
     Setting("agent", "run_retention_hours", parse_positive, "24", "hours a run record is kept"),
@@ -2249,6 +2256,7 @@ class CertInfo(NamedTuple):
     is_ca: bool = False
     purposes: tuple = ()  # OIDs of extendedKeyUsage
     public_key: bytes = b""  # SubjectPublicKeyInfo, DER
+    pairing_proof: str = ""  # hex; see `pairing_answer`
 
 
 # One profile per kind of certificate. Purposes are kept apart by extendedKeyUsage; the key identifiers
@@ -2277,6 +2285,10 @@ authorityKeyIdentifier = keyid:always
 subjectAltName = DNS:{name}
 """,
 }
+
+# An extension of a host's first certificate: what the exchange was in which it was issued. Its number is made
+# from a UUID, as ITU-T X.667 lets everybody do.
+_PAIRING_PROOF = "2.25.255952842712604938590257164542787336655"
 
 # `openssl ca` and not `openssl x509 -req`: only the former can set notBefore before OpenSSL 3.4. Its
 # database lives as long as one signature; serials are ours and random. copy_extensions = none is the
@@ -2309,6 +2321,9 @@ CN = {common_name}
 _CURVES = {"1.2.840.10045.3.1.7": "P-256", "1.3.132.0.34": "P-384", "1.3.132.0.35": "P-521"}
 _EC_KEY = "1.2.840.10045.2.1"
 _RSA_KEY = "1.2.840.113549.1.1.1"
+# SubjectPublicKeyInfo of a key on P-256, up to its point (RFC 5480 section 2)
+_P256_KEY = bytes.fromhex("3059301306072a8648ce3d020106082a8648ce3d030107034200")
+EXCHANGE_KEY = re.compile(r"04[0-9a-f]{128}")  # such a point, uncompressed
 _SIGNATURES = {  # what a request may be signed with (RFC 5758, RFC 8017), and its digest; no MD5, no SHA-1
     "1.2.840.10045.4.3.2": "sha256",  # ECDSA
     "1.2.840.10045.4.3.3": "sha384",
@@ -2481,6 +2496,7 @@ def parse_certificate_der(der: bytes) -> CertInfo:
             (0x01, b"\xff") in constraints,
             tuple(_read_oid(oid) for _, oid in purposes),
             _encode_der(key_tag, key),
+            extensions.get(_PAIRING_PROOF, b"\x04\x00")[2:].hex(),
         )
     except (ValueError, IndexError) as error:
         raise TrustError("not a certificate") from error
@@ -2757,8 +2773,32 @@ class OpenSSL:
             request = self._run("req", "-new", "-sha256", "-key", key_path, "-config", config)
             return self._sign(work, config, request, ["-selfsign", "-keyfile", key_path], days)
 
-    def sign(self, request: str, name: str, profile: str, days: int, ca_cert: str, ca_key: str) -> str:
-        """A certificate for the key in `request`, as PEM: its name and extensions come from here alone."""
+    def new_exchange(self) -> tuple:
+        """A key pair for one key agreement: (private key as PEM, public key as hex)."""
+        key = self.new_key("ec")
+        public = self._run("pkey", "-pubout", "-outform", "DER", stdin=key)
+        return key, public[len(_P256_KEY) :].hex()
+
+    def agree(self, key: bytes, public: str) -> bytes:
+        """What only the holders of `key` and of the other side's `public` key can compute (NIST SP 800-56A,
+        elliptic-curve Diffie-Hellman). Raises TrustError for what is no public key, ProgramError."""
+        if not EXCHANGE_KEY.fullmatch(public):
+            raise TrustError("not a public key on P-256")
+        with _WorkDirectory() as work:
+            peer = encode_pem(_P256_KEY + bytes.fromhex(public), "PUBLIC KEY")
+            paths = work.put("own.pem", key), work.put("peer.pem", peer)
+            try:
+                return self._run("pkeyutl", "-derive", "-inkey", paths[0], "-peerkey", paths[1])
+            except ProgramError as error:
+                if error.status is None:
+                    raise
+                raise TrustError("not a public key on P-256") from error
+
+    def sign(
+        self, request: str, name: str, profile: str, days: int, ca_cert: str, ca_key: str, proof: bytes = b""
+    ) -> str:
+        """A certificate for the key in `request`, as PEM: its name and extensions come from here alone.
+        `proof`: 32 bytes that say in which exchange it was issued."""
         if not os.path.exists(ca_key):
             raise TrustError("%s: no such file" % ca_key, "do this on the host that has the CA's key")
         days_left = int((read_certificate(ca_cert).not_after - now()) // 86400)
@@ -2768,6 +2808,8 @@ class OpenSSL:
             extensions = _EXTENSIONS[profile].format(name=name)
             if not is_strict_ca(read_certificate_der(ca_cert)):  # it has no key identifier to point at
                 extensions = extensions.replace("= keyid:always", "= issuer:always")
+            if proof:
+                extensions += "%s = DER:04%02x%s\n" % (_PAIRING_PROOF, len(proof), proof.hex())
             config = work.write("openssl.cnf", _CA_CONFIG, name, extensions)
             signer = ["-cert", ca_cert, "-keyfile", ca_key]
             return self._sign(work, config, request.encode("ascii"), signer, min(days, days_left))
@@ -3543,6 +3585,17 @@ def legacy_pairing_code(csr: str) -> str:
     return "%06d" % (int.from_bytes(hashlib.sha256(csr.encode("ascii")).digest()[:4], "big") % 10**6)
 
 
+def exchange_nonce(public: str) -> str:
+    """An agent's secret nonce: it stands for the key that the agent reveals with it, so that the code and the
+    proofs of a token are about that key as well."""
+    return _digest("ctrl-exec pairing exchange 1", public).hex()
+
+
+def pairing_answer(secrets: PairingSecrets, public: str) -> bytes:
+    """What the CA says with a certificate: the exchange that it answers, and the dispatcher's key in it."""
+    return _digest("ctrl-exec pairing answer 1", pairing_transcript(secrets), public)
+
+
 def token_proof(secret: str, side: str, secrets: PairingSecrets, certificate: str = "") -> str:
     """HMAC-SHA-256 with a pairing token's secret over the transcript: `side` knows the secret."""
     import hashlib
@@ -3557,6 +3610,66 @@ def is_same_secret(one: str, other: str) -> bool:
     import hmac
 
     return hmac.compare_digest(one.encode("utf-8", "replace"), other.encode("utf-8", "replace"))
+
+
+# --- requests that are proved past the agent's front -----------------------------------------------------
+# The front of an agent talks to strangers. Should somebody take it over, he can show the supervisor any
+# serial that is trusted; what he cannot make is the proof that each request of a dispatcher carries.
+
+
+class RequestSecret(NamedTuple):
+    """What an agent has agreed on with a dispatcher."""
+
+    secret: str  # hex
+    is_used: bool  # the dispatcher has it as well: nothing without proof is taken from it any more
+    seen: tuple = ()  # the latest proofs of requests that must not be done twice
+
+
+MAX_SEEN = 256  # proofs that are remembered; a dispatcher changes an agent's trust a few times a day
+
+
+def request_secret(shared: bytes, *context: object) -> str:
+    """The secret that two sides make of what they have agreed on, and of what they know of each other."""
+    return _digest("ctrl-exec request secret 1", shared, *context).hex()
+
+
+def request_proof(secret: str, method: str, path: str, moment: str, body: bytes) -> str:
+    """HMAC-SHA-256 over a request (RFC 2104). Its id is in its body or its path."""
+    import hmac
+
+    message = _digest("ctrl-exec request 1", method, path, moment, body)
+    return hmac.new(bytes.fromhex(secret), message, "sha256").hexdigest()
+
+
+def load_request_secrets(path: str) -> dict:
+    """What an agent has agreed on, by dispatcher id. Raises StorageError."""
+    try:
+        values = read_json_file(path)
+        known = {
+            name: RequestSecret(
+                str(entry["secret"]), entry["is_used"] is True, tuple(map(str, entry["seen"]))
+            )
+            for name, entry in values.items()
+        }
+        if not all(re.fullmatch("[0-9a-f]{64}", entry.secret) for entry in known.values()):
+            raise ValueError("a secret")
+        return known
+    except FileNotFoundError:
+        return {}
+    except (KeyError, TypeError, ValueError) as error:
+        raise StorageError(
+            "%s: not a list of secrets" % path, "remove it, and pair this host again"
+        ) from error
+
+
+def edit_request_secrets(path: str, edit: Callable) -> None:
+    """Change what an agent has agreed on; `edit(known)` changes the table. Raises StorageError."""
+    make_directory(os.path.dirname(path), 0o755)
+    with FileLock(path + ".lock"):
+        known = load_request_secrets(path)
+        edit(known)
+        values = {name: entry._asdict() for name, entry in known.items()}
+        write_atomic(path, encode_state(values), mode=0o600, durable=True)
 
 
 # ======================================================================================================
@@ -3780,6 +3893,8 @@ def encode_json(value: dict) -> bytes:
 
 # --- requests -------------------------------------------------------------------------------------------
 
+PROOF_HEADERS = ("Ctrl-Exec-Time", "Ctrl-Exec-Proof")
+
 
 class Request(NamedTuple):
     """One HTTP request, whole."""
@@ -3855,14 +3970,19 @@ def read_request(channel: Channel, first_byte: Deadline, limit: int = MAX_BODY) 
     return Request(method, path, dict(pairs), "1.%s" % hit[3].decode("ascii"), headers, body)
 
 
-def encode_request(method: str, path: str, host: str, body: Optional[dict], keep: bool) -> bytes:
-    """A request in one piece, so that it leaves in one write."""
+def encode_request(
+    method: str, path: str, host: str, body: Optional[dict], keep: bool, prove: Optional[Callable] = None
+) -> bytes:
+    """A request in one piece, so that it leaves in one write. `prove(method, path, body)` gives a time and a
+    proof to send along."""
     if not re.fullmatch(r"[\x21-\x7e]+", path):
         raise BadRequest("not a path")
     data = b"" if body is None else encode_json(body)
     lines = ["%s %s HTTP/1.1" % (method, path), "Host: " + host, "User-Agent: ctrl-exec/" + __version__]
     if body is not None:
         lines += ["Content-Type: application/json", "Content-Length: %d" % len(data)]
+    if prove is not None:
+        lines += ["%s: %s" % pair for pair in zip(PROOF_HEADERS, prove(method, path, data))]
     lines += ["Connection: " + ("keep-alive" if keep else "close"), "", ""]
     return "\r\n".join(lines).encode("ascii") + data
 
@@ -4686,6 +4806,7 @@ class Connection:
             raise TransportError(words, hint=_BLOCKED_HINT) from error
         self._channel = Channel(self._tls)
         self.is_kept = False  # whether the other end takes another request after the last answer
+        self.prove: Optional[Callable] = None  # see `encode_request`
 
     def peer_cert(self) -> Optional[PeerCert]:
         return read_peer_cert(self._tls)
@@ -4721,7 +4842,7 @@ class Connection:
         the request had left, `unreachable` when it cannot have arrived.
         """
         with _Truth(self._name, deadline) as truth:
-            self._send(encode_request(method, path, self._name.split()[0], body, keep), deadline)
+            self._send(self._encode(method, path, body, keep), deadline)
             truth.sent = True
             answer = read_answer(self._channel, deadline)
             self.is_kept = answer.version == "1.1" and "close" not in answer.headers.get("connection", "")
@@ -4731,6 +4852,9 @@ class Connection:
                 if room is not None and len(data) > MAX_BODY:
                     room.take(len(data) - MAX_BODY, deadline)
             return answer.status, parse_json(data)  # with the same distrust as a request
+
+    def _encode(self, method: str, path: str, body: Optional[dict], keep: bool) -> bytes:
+        return encode_request(method, path, self._name.split()[0], body, keep, self.prove)
 
     def _send(self, data: bytes, deadline: Deadline) -> None:
         """Write a request. A peer that has refused our certificate may have closed already: its alert waits
@@ -4759,7 +4883,7 @@ class Connection:
         `deadline` is a Deadline or a Patience. Raises TransportError, as `request`.
         """
         with _Truth(self._name, deadline) as truth:
-            self._send(encode_request(method, path, self._name.split()[0], body, True), deadline)
+            self._send(self._encode(method, path, body, True), deadline)
             truth.sent = True
             answer = read_answer(self._channel, deadline)
             # A release that does not stream answers with one object, whatever it was asked for.
@@ -5715,6 +5839,9 @@ class JobRequest(NamedTuple):
     stdout: int = 0  # where to begin following; -1: what is written from now on
     stderr: int = 0
     serial: str = ""  # of the certificate that it was asked with
+    body: str = ""  # the request as it came, when there is a proof of it
+    time: str = ""  # ISO 8601, as the dispatcher says
+    proof: str = ""
 
 
 # --- starting a script ----------------------------------------------------------------------------------
@@ -6513,6 +6640,9 @@ _JOB_FIELDS = (
     Field("stdout", int, most=10**15, least=-1),
     Field("stderr", int, most=10**15, least=-1),
     Field("serial", str, most=64),
+    Field("body", str, most=MAX_BODY),
+    Field("time", str, most=64),
+    Field("proof", str, most=64),
 )
 
 
@@ -6729,11 +6859,11 @@ _QUESTIONS = {
 }
 
 
-def serve_job(control: socket.socket, rules: JobRules, tasks: dict, note: Callable) -> None:
+def serve_job(control: socket.socket, rules: JobRules, tasks: dict, check: Callable, note: Callable) -> None:
     """A supervisor's life: wait for a request, do it, answer, tidy up.
 
     It begins before there is a request: over `control` comes a channel to whoever makes one, or the end.
-    `note` is told of each request whose dispatcher is trusted.
+    `check` raises what speaks against a request of a trusted dispatcher; `note` is told of the others.
     `tasks` are the requests that are not about runs: a function for each operation, which gets the request
     and returns the answer's object, or raises a CtrlExecError.
     """
@@ -6749,6 +6879,7 @@ def serve_job(control: socket.socket, rules: JobRules, tasks: dict, note: Callab
         request = _receive_job(channel, ("run", *_QUESTIONS, *tasks))
         if rules.trusted.get(request.serial) != request.owner:  # a front that drains has older rules
             raise Denied("serial mismatch")
+        check(request)
         note(request)
         if request.operation in ("run", *_QUESTIONS):
             rules = _find_rules(rules, request)
@@ -7233,7 +7364,8 @@ class Executor:
 #        which certificates are judged. It runs with the executor's rights, in a process of its own, and
 #        believes of a request only what it can check.
 # Uses:  HEAD, ERRORS, GROUND, OPENSSL, TRUST, JOBS
-# On disk: agent.crt, ca.crt, ctrl-exec-dispatchers, revoked-serials (all in the forms of TRUST); clocks.json
+# On disk: agent.crt, ca.crt, ctrl-exec-dispatchers, revoked-serials, request-secrets.json (all in the forms
+#          of TRUST); clocks.json, addresses.json
 # ======================================================================================================
 
 
@@ -7246,6 +7378,7 @@ class Custody(NamedTuple):
     revoked: str
     clocks: str  # where it is kept what dispatchers' clocks have said
     addresses: str  # ... and which addresses they have used
+    secrets: str  # ... and what proves their requests
     host: str  # the name in its certificate
 
 
@@ -7301,7 +7434,7 @@ class Custodian:
         """Every task by the name of its operation."""
         return {
             "renew": self.renew, "renew-complete": self.complete, "rotate-serial": self.rotate,
-            "note-clock": self.note_clock,
+            "note-clock": self.note_clock, "agree": self.agree,
         }  # fmt: skip
 
     def note_address(self, request: JobRequest) -> None:
@@ -7438,6 +7571,25 @@ class Custodian:
         edit_trust_map(self._custody.trust_map, self._custody.older_serial, edit)
         return had
 
+    def agree(self, request: JobRequest) -> dict:
+        """Agree on a secret with a dispatcher that has none yet; args: its public key. This is trust at first
+        use: whoever has taken over our front by now can be in between."""
+        key, public = self._openssl.new_exchange()
+        try:
+            shared = self._openssl.agree(key, request.args[0])
+        except TrustError as error:
+            raise BadRequest("field `exchange`: %s" % error, "exchange") from error
+        secret = request_secret(shared, request.args[0], public)
+
+        def edit(known: dict) -> None:
+            if request.owner in known and known[request.owner].is_used:
+                raise Denied("dispatcher %s has agreed on a secret here already: pair again" % request.owner)
+            known[request.owner] = RequestSecret(secret, False)
+
+        edit_request_secrets(self._custody.secrets, edit)
+        LOG.event("agree", REQID=request.reqid, DISPATCHER=request.owner)
+        return {"status": "ok", "reqid": request.reqid, "exchange": public}
+
     def note_clock(self, request: JobRequest) -> dict:
         """Keep what a dispatcher's clock has said, for `self-check`; args: the seconds that it is ahead."""
         if len(request.args) != 1 or not re.fullmatch("-?[0-9]{1,12}", request.args[0]):
@@ -7565,6 +7717,10 @@ def clocks_path(config: Config) -> str:
     return config.default_path(AGENT_VAR + "/clocks.json")
 
 
+def request_secrets_path(config: Config) -> str:
+    return config.default_path(AGENT_VAR + "/request-secrets.json")
+
+
 def addresses_path(config: Config) -> str:
     return config.default_path(AGENT_VAR + "/addresses.json")
 
@@ -7669,6 +7825,85 @@ _CANCEL_FIELDS = (
     Field("username", str, most=256),
     Field("token", str, most=8192),
 )
+_AGREE_FIELDS = (Field("reqid", str, True, 64), Field("exchange", str, True, 130))
+_TASKS = {  # what changes something, by the name of its path: the fields of its body, and which are its args
+    "run": (_RUN_FIELDS, ("args",)),
+    "cancel": (_CANCEL_FIELDS, ()),
+    "renew": (_RENEW_FIELDS, ()),
+    "renew-complete": (_COMPLETE_FIELDS, ("cert", "ca", "endorsement")),
+    "rotate-serial": (_ROTATE_FIELDS, ("action", "serial")),
+    "agree": (_AGREE_FIELDS, ("exchange",)),
+}
+_ONCE = ("renew-complete", "rotate-serial")  # a run has its request id for that
+
+
+def read_job(operation: str, data: bytes) -> JobRequest:
+    """What the body of a request asks for: the front reads it, and the supervisor again where it is proved.
+    Raises BadRequest."""
+    rows, names = _TASKS[operation]
+    fields = parse_fields(data, rows)
+    forms = {"reqid": REQUEST_ID} if fields["reqid"] or operation != "rotate-serial" else {}
+    if operation == "run":
+        forms["script"] = SCRIPT_NAME
+    for name, pattern in forms.items():
+        if not pattern.fullmatch(fields[name]):
+            raise BadRequest("field `%s` is malformed" % name, name)
+    who = {name: fields.get(name, "") for name in ("username", "token")}
+    if operation != "run":
+        args = tuple(fields[name] for name in names)
+        return JobRequest(operation, fields["reqid"], args=args, **who)
+    if fields["async"] and fields["stream"]:
+        raise BadRequest("`async` and `stream` do not go together", "stream")
+    mode = "async" if fields["async"] else "stream" if fields["stream"] else "sync"
+    asked = {"script": fields["script"], "timeout": fields["timeout"], "mode": mode}
+    return JobRequest(operation, fields["reqid"], args=tuple(fields["args"]), **asked, **who)
+
+
+def _note_proof(path: str, job: JobRequest) -> None:
+    """From now on nothing is taken from this dispatcher without proof, and this request not again."""
+
+    def edit(known: dict) -> None:
+        entry = known[job.owner]
+        if job.operation in _ONCE:
+            if job.proof in entry.seen:
+                raise Denied("this request has been made before")
+            entry = entry._replace(seen=(*entry.seen, job.proof)[-MAX_SEEN:])
+        known[job.owner] = entry._replace(is_used=True)
+
+    try:
+        edit_request_secrets(path, edit)
+    except StorageError as error:
+        if job.operation in _ONCE:
+            raise
+        LOG.event("config-warn", MESSAGE=error.message)  # a full disk: it is noted with the next one
+
+
+def _check_proof(config: Config, job: JobRequest) -> None:
+    """Before a supervisor acts: does the request come from the dispatcher that the front names, and is it
+    the one that the dispatcher has made? Raises Denied, StorageError."""
+    if job.operation not in _TASKS or job.operation == "agree":
+        return
+    path = request_secrets_path(config)
+    agreed = load_request_secrets(path).get(job.owner)
+    if agreed is None or not (agreed.is_used or job.proof):
+        if config.authenticated_requests == "require":
+            raise Denied("no secret is agreed with dispatcher %s: pair again, or ced maintain" % job.owner)
+        return
+    proof = request_proof(agreed.secret, "POST", "/" + job.operation, job.time, job.body.encode("utf-8"))
+    if not is_same_secret(proof, job.proof):
+        LOG.event("proof-reject", REQID=job.reqid, DISPATCHER=job.owner, PEER=job.peer_ip)
+        what = "the request's proof is wrong" if job.proof else "the request is not proved"
+        raise Denied("%s: pair again if this host or dispatcher %s was restored" % (what, job.owner))
+    skew = measure_skew(job.time)
+    if skew is None or abs(skew) > config.run_retention_hours * 3600:  # as long as a request id is known
+        raise Denied("the request is not of today: the dispatcher's clock is %s" % describe_skew(skew or 0))
+    asked = read_job(job.operation, job.body.encode("utf-8"))
+    passed_on = job._replace(owner="", peer_ip="", serial="", body="", time="", proof="")
+    if asked._replace(reqid=asked.reqid or job.reqid) != passed_on:
+        LOG.event("proof-reject", REQID=job.reqid, DISPATCHER=job.owner, PEER=job.peer_ip)
+        raise Denied("the request is not the one that was proved")
+    if job.operation in _ONCE or not agreed.is_used:
+        _note_proof(path, job)
 
 
 def _relay(channel: socket.socket, reader: Channel, is_live: bool = False) -> Iterator[bytes]:
@@ -7714,8 +7949,9 @@ class Front:
             Route("GET", "/result/*", self._result),
             Route("GET", "/follow/*", self._follow),
             Route("POST", "/cancel", self._cancel),
-            Route("POST", "/renew", self._renew),
-            Route("POST", "/renew-complete", self._complete),
+            Route("POST", "/renew", self._pass_task),
+            Route("POST", "/renew-complete", self._pass_task),
+            Route("POST", "/agree", self._pass_task),
             Route("POST", "/rotate-serial", self._rotate),
         )
 
@@ -7828,17 +8064,7 @@ class Front:
         return Response(200, body)
 
     def _run(self, caller: Caller, peer: Peer, request: Request, _: str) -> Response:
-        fields = parse_fields(request.body, _RUN_FIELDS)
-        for name, pattern in (("script", SCRIPT_NAME), ("reqid", REQUEST_ID)):
-            if not pattern.fullmatch(fields[name]):
-                raise BadRequest("field `%s` is malformed" % name, name)
-        if fields["async"] and fields["stream"]:
-            raise BadRequest("`async` and `stream` do not go together", "stream")
-        mode = "async" if fields["async"] else "stream" if fields["stream"] else "sync"
-        job = JobRequest(
-            "run", fields["reqid"], caller.dispatcher, caller.address, fields["script"],
-            tuple(fields["args"]), fields["username"], fields["token"], fields["timeout"], mode,
-        )  # fmt: skip
+        job = self._read("run", caller, request)
         if job.script not in self._bundle.rules.scripts:
             return self._refuse_run(job, "script not permitted")
         hosts = (self._bundle.host,)
@@ -7849,13 +8075,21 @@ class Front:
             return self._refuse_run(job, error.message)
         event, rest = self._pass_on(job, peer)
         if event["event"] == "answer":
-            return Response(event["status"], rest, is_live=mode == "stream")
+            return Response(event["status"], rest, is_live=job.mode == "stream")
         if event["code"] == ScriptRefused.code:
             return self._refuse_run(job, event["error"])
         LOG.event("deny", REQID=job.reqid, SCRIPT=job.script, REASON=event["error"], DISPATCHER=job.owner)
         return Response(
             event["status"], {"status": event["code"], "error": event["error"], "reqid": job.reqid}
         )
+
+    def _read(self, operation: str, caller: Caller, request: Request) -> JobRequest:
+        """A request that changes something, with the proof that the supervisor will want to see."""
+        job = read_job(operation, request.body)
+        moment, proof = (request.headers.get(name.lower(), "") for name in PROOF_HEADERS)
+        if proof:
+            job = job._replace(body=request.body.decode("utf-8"), time=moment[:64], proof=proof[:64])
+        return job._replace(reqid=job.reqid or new_id(), owner=caller.dispatcher, peer_ip=caller.address)
 
     def _pass_question(self, job: JobRequest, peer: Peer, is_live: bool = False) -> Response:
         """What a run's record says, from somebody who may read it."""
@@ -7882,48 +8116,30 @@ class Front:
         return self._pass_question(job, peer, is_live=True)
 
     def _cancel(self, caller: Caller, peer: Peer, request: Request, _: str) -> Response:
-        fields = parse_fields(request.body, _CANCEL_FIELDS)
-        if not REQUEST_ID.fullmatch(fields["reqid"]):
-            raise BadRequest("field `reqid` is malformed", "reqid")
-        context = HookContext("cancel", fields["reqid"], hosts=(self._bundle.host,), source_ip=caller.address)
-        try:
-            self._ask_hook(caller, context._replace(username=fields["username"], token=fields["token"]))
-        except Denied as error:
-            LOG.event("deny", REQID=fields["reqid"], REASON=error.message, DISPATCHER=caller.dispatcher)
-            return Response(403, {"error": error.message, "status": "forbidden"})
-        return self._pass_question(JobRequest("cancel", fields["reqid"], caller.dispatcher), peer)
-
-    def _renew(self, caller: Caller, peer: Peer, request: Request, _: str) -> Response:
-        fields = parse_fields(request.body, _RENEW_FIELDS)
-        return self._pass_task("renew", fields, (), caller, peer)
-
-    def _complete(self, caller: Caller, peer: Peer, request: Request, _: str) -> Response:
-        fields = parse_fields(request.body, _COMPLETE_FIELDS)
-        if not fields["cert"] and not fields["ca"]:
-            raise BadRequest("field `cert` is missing", "cert")
-        args = (fields["cert"], fields["ca"], fields["endorsement"])
-        return self._pass_task("renew-complete", fields, args, caller, peer)
+        return self._ask_and_pass("cancel", "forbidden", caller, peer, request)
 
     def _rotate(self, caller: Caller, peer: Peer, request: Request, _: str) -> Response:
-        fields = parse_fields(request.body, _ROTATE_FIELDS)
-        fields["reqid"] = fields["reqid"] or new_id()
-        context = HookContext(
-            "rotate", fields["reqid"], hosts=(self._bundle.host,), args=(fields["action"], fields["serial"]),
-            source_ip=caller.address,
-        )  # fmt: skip
-        try:
-            self._ask_hook(caller, context._replace(username=fields["username"], token=fields["token"]))
-        except Denied as error:
-            LOG.event("deny", REQID=fields["reqid"], REASON=error.message, DISPATCHER=caller.dispatcher)
-            return Response(403, {"error": error.message, "status": "denied"})
-        args = (fields["action"], fields["serial"])
-        return self._pass_task("rotate-serial", fields, args, caller, peer)
+        return self._ask_and_pass("rotate", "denied", caller, peer, request)
 
-    def _pass_task(self, operation: str, fields: dict, args: tuple, caller: Caller, peer: Peer) -> Response:
-        """Something about trust, which is not for a process that strangers talk to."""
-        if not REQUEST_ID.fullmatch(fields["reqid"]):
-            raise BadRequest("field `reqid` is malformed", "reqid")
-        job = JobRequest(operation, fields["reqid"], caller.dispatcher, caller.address, args=args)
+    def _ask_and_pass(
+        self, action: str, refusal: str, caller: Caller, peer: Peer, request: Request
+    ) -> Response:
+        """Something that the hook is asked about, by the name that hooks know."""
+        job = self._read(request.path[1:], caller, request)
+        context = HookContext(action, job.reqid, hosts=(self._bundle.host,), args=job.args)
+        context = context._replace(username=job.username, token=job.token, source_ip=caller.address)
+        try:
+            self._ask_hook(caller, context)
+        except Denied as error:
+            LOG.event("deny", REQID=job.reqid, REASON=error.message, DISPATCHER=caller.dispatcher)
+            return Response(403, {"error": error.message, "status": refusal})
+        return self._pass_question(job, peer)
+
+    def _pass_task(self, caller: Caller, peer: Peer, request: Request, _: str) -> Response:
+        """Something about trust that the hook is not asked about: what it changes is judged by itself."""
+        job = self._read(request.path[1:], caller, request)
+        if job.operation == "renew-complete" and not (job.args[0] or job.args[1]):
+            raise BadRequest("field `cert` is missing", "cert")
         return self._pass_question(job, peer)
 
     def _refuse_run(self, job: JobRequest, reason: str) -> Response:
@@ -7979,10 +8195,12 @@ def _supervise(bundle: Bundle, control: socket.socket, order: Callable) -> None:
     config = bundle.config
     custody = Custody(
         agent_identity(config), config.trusted_dispatchers_path, config.dispatcher_serial_path,
-        config.revoked_serials, clocks_path(config), addresses_path(config), bundle.host,
+        config.revoked_serials, clocks_path(config), addresses_path(config), request_secrets_path(config),
+        bundle.host,
     )  # fmt: skip
     custodian = Custodian(custody, OpenSSL(), order)
-    serve_job(control, bundle.rules, custodian.tasks(), custodian.note_address)
+    check = lambda job: _check_proof(config, job)  # noqa: E731
+    serve_job(control, bundle.rules, custodian.tasks(), check, custodian.note_address)
 
 
 def agent_lock_path(config: Config) -> str:
@@ -8074,6 +8292,7 @@ def _agent_places(config: Config) -> list:
         "clocks.json.lock",
         "addresses.json",
         "self-ping",
+        "request-secrets.json",
         "locks",
         "pairing",
     )
@@ -8147,6 +8366,14 @@ def _check_trust(config: Config) -> list:
     if trusted is not None and not trusted:
         findings.append(Finding("FAIL", "no dispatcher is trusted", _PAIR_AGAIN))
     try_check(findings, "revocation list", lambda: load_revoked(config.revoked_serials), "mend that line")
+    secrets = try_check(
+        findings, "secrets that prove requests", lambda: load_request_secrets(request_secrets_path(config)),
+        "remove it, and pair this host again",
+    )  # fmt: skip
+    unproved = {*(trusted or {}).values()} - {*(secrets or {})}
+    if unproved and config.authenticated_requests == "require":
+        what = "requests of %s are refused: no secret is agreed" % ", ".join(sorted(unproved))
+        findings.append(Finding("FAIL", what, "on the control host: ced maintain; or pair this host again"))
     clocks = try_check(
         findings,
         "clocks",
@@ -8449,6 +8676,43 @@ def remove_agent(directory: str, name: str) -> None:
         os.unlink(_agent_path(directory, name))
     except OSError as error:
         raise StorageError("cannot remove %s from the registry: %s" % (name, error.strerror)) from error
+
+
+# --- what proves our requests to a host --------------------------------------------------------------------
+
+
+def _secret_path(directory: str, name: str) -> str:
+    return os.path.join(directory, _file_name(name))
+
+
+def find_secret(directory: str, name: str) -> str:
+    """What this dispatcher has agreed on with a host, or nothing. Raises StorageError."""
+    path = _secret_path(directory, name)
+    try:
+        secret = read_text(path, 128).strip()
+    except FileNotFoundError:
+        return ""
+    if not re.fullmatch("[0-9a-f]{64}", secret):
+        raise StorageError("%s: not a secret" % path, "remove it, and pair that host again")
+    return secret
+
+
+def save_secret(directory: str, name: str, secret: str, key_path: str) -> None:
+    """Keep it for those who may read the dispatcher's key; an empty one removes what there is. Raises
+    StorageError."""
+    path = _secret_path(directory, name)
+    try:
+        if not secret:
+            if os.path.lexists(path):
+                os.unlink(path)
+            return
+        key = os.stat(key_path)
+    except OSError as error:
+        raise StorageError("%s: %s" % (error.filename, error.strerror)) from error
+    readers = Owner(key.st_uid, key.st_gid)
+    mode = stat.S_IMODE(key.st_mode) & 0o640
+    make_directory(directory, 0o700 | (0o050 if mode & 0o040 else 0), readers)
+    write_atomic(path, secret.encode("ascii"), mode, durable=True, owner=readers)
 
 
 def check_ip_address(text: str) -> None:
@@ -8867,6 +9131,8 @@ class PairingRequest(NamedTuple):
     certificate: str = ""
     answer_proof: str = ""  # the token's proof to the agent
     ahead: int = 0  # seconds that the agent's clock was ahead of ours
+    exchange: str = ""  # the agent's public key for agreeing on a secret; empty: its release knows none
+    answer_exchange: str = ""  # the dispatcher's
 
     def offer(self) -> PairingOffer:
         return PairingOffer(*(getattr(self, field) for field in PairingOffer._fields))
@@ -8888,6 +9154,7 @@ _REVEAL_FIELDS = (
     Field("reqid", str, True, 64),
     Field("reveal", str, True, 2 * NONCE_BYTES),
     Field("token_proof", str, most=64),
+    Field("exchange", str, most=130),
 )
 _STORED_FIELDS = (Field("reqid", str, True, 64),)
 
@@ -9046,7 +9313,11 @@ class PairingFront:
             return Response(
                 403, {"status": "denied", "reason": "the reveal does not match the commitment"}, True
             )
-        waiting = waiting._replace(agent_nonce=fields["reveal"], token_proof=fields["token_proof"])
+        if fields["exchange"] and exchange_nonce(fields["exchange"]) != fields["reveal"]:
+            raise BadRequest("field `exchange` is not what the reveal stands for", "exchange")
+        waiting = waiting._replace(
+            agent_nonce=fields["reveal"], token_proof=fields["token_proof"], exchange=fields["exchange"]
+        )
         decision = self._wait_for_decision(peer, waiting)
         if decision["status"] == "approved":
             with self._guard:
@@ -9241,11 +9512,15 @@ def parse_pairing_request(values: dict) -> PairingRequest:
         ("peer", r"[0-9A-Fa-f.:%a-z]{2,64}"),
         ("token_id", r"[0-9a-f]{8}|"),
         ("token_proof", r"[0-9a-f]{64}|"),
+        ("exchange", EXCHANGE_KEY.pattern + "|"),
+        ("answer_exchange", EXCHANGE_KEY.pattern + "|"),
         ("status", "pending|approved|denied"),
     )
     for name, form in forms:
         if not re.fullmatch(form, getattr(request, name)):
             raise BadRequest("field `%s` is malformed" % name, name)
+    if request.exchange and exchange_nonce(request.exchange) != request.agent_nonce:
+        raise BadRequest("field `exchange` is malformed", "exchange")
     if not 0 <= request.port <= 65535:
         raise BadRequest("field `port` is malformed", "port")
     if not abs(request.ahead) < 10**12:
@@ -9359,6 +9634,20 @@ def _check_undecided(config: Config, request: PairingRequest) -> None:
         raise NotFound("pairing request %s is not waiting any more" % request.reqid)
 
 
+def secret_directory(config: Config) -> str:
+    """Where this dispatcher keeps what it has agreed on with its hosts."""
+    return config.default_path(VAR + "/request-secrets")
+
+
+def _agree(openssl: OpenSSL, terms: PairingTerms, request: PairingRequest) -> tuple:
+    """(our public key, the secret agreed on) with an agent whose release knows of it, or two empty texts."""
+    if not request.exchange:
+        return "", ""
+    key, public = openssl.new_exchange()
+    transcript = pairing_transcript(build_secrets(terms, request))
+    return public, request_secret(openssl.agree(key, request.exchange), transcript)
+
+
 def approve_pairing(
     config: Config, openssl: OpenSSL, request: PairingRequest, approval: Approval, secret: str = ""
 ) -> Agent:
@@ -9379,7 +9668,10 @@ def approve_pairing(
             check_free_name(config.registry_dir, name)
         terms = build_terms(config, openssl, request.desk)
         signer = find_signer(config, openssl)
-        certificate = openssl.sign(request.csr, name, "agent", config.cert_days, signer, ca_key_path(signer))
+        exchange, agreed = _agree(openssl, terms, request)
+        said = b"" if request.legacy else pairing_answer(build_secrets(terms, request), exchange)
+        days = config.cert_days
+        certificate = openssl.sign(request.csr, name, "agent", days, signer, ca_key_path(signer), said)
         info = parse_certificate(certificate.encode("ascii"))
         agent = Agent(
             name=name,
@@ -9393,6 +9685,7 @@ def approve_pairing(
         )
         agent = with_certificate(agent, info, name_cas([terms.ca]))
         agent = with_trust(agent, terms.dispatcher_serial)._replace(cas=agent.issuer)
+        save_secret(secret_directory(config), name, agreed, config.key)
         save_agent(config.registry_dir, agent)
         if replaced is not None:
             add_revoked(config.revoked_serials, list_serials(replaced), "replaced: %s" % name)
@@ -9400,6 +9693,7 @@ def approve_pairing(
             token_proof(secret, "dispatcher", build_secrets(terms, request), certificate) if secret else ""
         )
         decided = request._replace(status="approved", certificate=certificate, answer_proof=proof)
+        decided = decided._replace(answer_exchange=exchange)
         write_pairing_request(config.pairing_dir, decided)
     LOG.event("pair-approve", REQID=request.reqid, NAME=name, SERIAL=info.serial, PEER=request.peer)
     return agent
@@ -9543,6 +9837,8 @@ class PairingDesk:
             )
             if request.answer_proof:
                 body["token_proof"] = request.answer_proof
+            if request.answer_exchange:
+                body["exchange"] = request.answer_exchange
             self._answer(reqid, body)
             self._remove(reqid)
         elif request.status == "denied":
@@ -9641,7 +9937,8 @@ class PairingSession:
         self._offer = PairingOffer(
             wish.hostname, csr, new_id(NONCE_BYTES), config.port, wish.ip, wish.lookup_by, __version__
         )
-        self._agent_nonce = new_id(NONCE_BYTES)
+        self._key, self._exchange = openssl.new_exchange()
+        self._agent_nonce = exchange_nonce(self._exchange)
         self._token_id, _, self._secret = wish.token.partition(".")
         try:
             self._connection = Connection(
@@ -9732,7 +10029,7 @@ class PairingSession:
             if decision is None:
                 raise PairingDenied("the dispatcher ended the exchange without a decision")
             return self._accept(decision)
-        body = {"reqid": self.reqid, "reveal": self._agent_nonce}
+        body = {"reqid": self.reqid, "reveal": self._agent_nonce, "exchange": self._exchange}
         if self._secret:
             body["token_proof"] = token_proof(self._secret, "agent", self._secrets)
         try:
@@ -9753,7 +10050,7 @@ class PairingSession:
             raise PairingDenied("request %s was denied: %s" % (self.reqid, reason))
         texts = {
             key: str(decision.get(key, ""))
-            for key in ("cert", "ca", "nonce", "dispatcher_serial", "dispatcher_id")
+            for key in ("cert", "ca", "nonce", "dispatcher_serial", "dispatcher_id", "exchange")
         }
         try:
             if not is_same_secret(texts["nonce"], self._offer.nonce):
@@ -9764,6 +10061,7 @@ class PairingSession:
                 same = (self._secrets.ca, self._secrets.dispatcher_id, self._secrets.dispatcher_serial)
                 if (texts["ca"], texts["dispatcher_id"], texts["dispatcher_serial"]) != same:
                     raise ValueError("the CA or the dispatcher is not the one the code stands for")
+                self._check_answer(texts["cert"], texts["exchange"])
             if self._secret:
                 proof = token_proof(self._secret, "dispatcher", self._secrets, texts["cert"])
                 if not is_same_secret(proof, str(decision.get("token_proof", ""))):
@@ -9772,9 +10070,23 @@ class PairingSession:
             texts["dispatcher_id"] = texts["dispatcher_id"] or self._wish.dispatcher
             if not HOST_NAME.fullmatch(texts["dispatcher_id"]):
                 raise ValueError("its dispatcher id is malformed")
-        except ValueError as error:
+        except (TrustError, ValueError) as error:
             raise PairingDenied("the decision is not believed: %s" % error) from error
         return texts
+
+    def _check_answer(self, certificate: str, exchange: str) -> None:
+        """The CA must have said, with the certificate, that it answers this very exchange: who only relays
+        it cannot put another dispatcher, or another key, in the place of the true one. Raises ValueError."""
+        said = parse_certificate(certificate.encode("utf-8")).pairing_proof
+        if not said and not exchange and not (self._wish.ca_fingerprint and not self._secret):
+            return  # an older dispatcher, whom a person or a token has proved
+        if not said:
+            raise ValueError(
+                "the CA does not say that it answers this request: the dispatcher runs an older release, or"
+                " somebody is in between; pair by a token, or compare the code and leave out --ca-fingerprint"
+            )
+        if not exchange or not is_same_secret(said, pairing_answer(self._secrets, exchange).hex()):
+            raise ValueError("the certificate was issued in another exchange")
 
     def store(self, decision: dict) -> CertInfo:
         """Put certificate, CA and trust in place, each whole, and say so. Raises PairingDenied, StorageError.
@@ -9789,6 +10101,7 @@ class PairingSession:
             self._openssl.check_chain(pem, ca_pem, "sslserver")
             self._openssl.check_key_match(pem, config.key)
             info = parse_certificate(pem)
+            agreed = self._agree(decision["exchange"])
         except (TrustError, ProgramError, ValueError) as error:
             hint = ""
             if is_clock_off(self.skew):
@@ -9802,6 +10115,9 @@ class PairingSession:
         add_trusted(
             config.trusted_dispatchers_path, serial, dispatcher_id, older=config.dispatcher_serial_path
         )
+        edit_request_secrets(
+            request_secrets_path(config), lambda known: self._note(known, dispatcher_id, agreed)
+        )
         write_atomic(config.cert, pem, mode=0o644, durable=True)
         if not self.legacy:
             try:
@@ -9810,6 +10126,17 @@ class PairingSession:
                 pass
         self._connection.close()
         return info
+
+    def _agree(self, exchange: str) -> str:
+        """The secret that the dispatcher has by now; nothing when its release knows of none."""
+        if not exchange:
+            return ""
+        return request_secret(self._openssl.agree(self._key, exchange), pairing_transcript(self._secrets))
+
+    def _note(self, known: dict, dispatcher_id: str, agreed: str) -> None:
+        known.pop(dispatcher_id, None)
+        if agreed:
+            known[dispatcher_id] = RequestSecret(agreed, True)
 
     def keep_only(self, others: list) -> None:
         """Close every descriptor but the connection's, the standard ones, and `others`."""
@@ -10246,13 +10573,30 @@ class HostClient:
         other._handshakes = threading.BoundedSemaphore(self._config.max_parallel)
         return other
 
+    def _find_proof(self, agent: Agent) -> Optional[Callable]:
+        """How requests to a host are proved, if it has agreed on a secret; see `encode_request`."""
+        try:
+            secret = find_secret(secret_directory(self._config), agent.name)
+        except StorageError as error:
+            raise TransportError(error.message, hint=error.hint) from error
+        if not secret:
+            return None
+
+        def prove(method: str, path: str, body: bytes) -> tuple:
+            moment = iso_time(now())
+            return moment, request_proof(secret, method, path, moment, body)
+
+        return prove
+
     def _connect(self, agent: Agent, context: Any) -> Connection:
+        prove = self._find_proof(agent)
         connection = None
         try:
             with self._handshakes:
                 connection = connect_agent(
                     build_target(agent), context, self._revoked, self._config.connect_timeout
                 )
+            connection.prove = prove
             return connection
         finally:
             if self._count is not None:
@@ -10454,7 +10798,8 @@ class HostClient:
 # 20. DISPATCH
 # Owns:  what a command means: `ping`, `discovery`, `run` and what comes after it; changes to the registry
 #        that an operator asks for.
-# Uses:  HEAD, ERRORS, GROUND, SETTINGS, OPENSSL, TRUST, POLICY, RECORDS, REGISTRY, HOSTS
+# Uses:  HEAD, ERRORS, GROUND, SETTINGS, OPENSSL, TRUST, POLICY, RECORDS, REGISTRY, PAIRING,
+#        HOSTS
 # ======================================================================================================
 
 
@@ -10909,6 +11254,7 @@ def unpair_agent(config: Config, name: str) -> Agent:
         agent = get_agent(config.registry_dir, name)
         add_revoked(config.revoked_serials, list_serials(agent), "unpaired: %s" % name)
         remove_agent(config.registry_dir, name)
+        save_secret(secret_directory(config), name, "", config.key)
     LOG.event("unpair", NAME=name, SERIAL=agent.serial)
     return agent
 
@@ -10935,8 +11281,11 @@ def edit_agent(config: Config, name: str, edit: AgentEdit) -> Agent:
         )  # fmt: skip
         if changed.name != agent.name:
             check_free_name(config.registry_dir, changed.name, renamed=agent.name)
+            secrets = secret_directory(config)
+            save_secret(secrets, changed.name, find_secret(secrets, agent.name), config.key)
             save_agent(config.registry_dir, changed)
             remove_agent(config.registry_dir, agent.name)
+            save_secret(secrets, agent.name, "", config.key)
         else:
             save_agent(config.registry_dir, changed)
     LOG.event(
@@ -11109,6 +11458,8 @@ class Caretaker:
             finding = self._renew(visit)
             if is_current:
                 self._spread(visit)
+                if self._eager:
+                    self._agree(visit)
             return finding
         except CtrlExecError as error:
             LOG.event("renew", HOST=agent.name, REQID=visit.reqid, ERROR=error.message)
@@ -11202,6 +11553,22 @@ class Caretaker:
         self._update(visit, lambda known: with_certificate(known, info, self.issuer))
         LOG.event("renew-complete", HOST=visit.agent.name, REQID=visit.reqid, SERIAL=info.serial)
         return Finding("OK", "its certificate is renewed until %s" % iso_time(info.not_after)[:10])
+
+    def _agree(self, visit: _Visit) -> None:
+        """Agree on what proves our requests with a host that was paired by an earlier release."""
+        directory, name = secret_directory(self._config), visit.agent.name
+        if find_secret(directory, name):
+            return
+        key, public = self._openssl.new_exchange()
+        status, answer = visit.ask("/agree", exchange=public)
+        if status in (404, 405):  # it runs an older agent
+            return
+        other = answer.get("exchange")
+        if status != 200 or type(other) is not str:
+            raise TrustError("it agreed on no secret: %s" % quote_refusal(status, answer))
+        secret = request_secret(self._openssl.agree(key, other), public, other)
+        save_secret(directory, name, secret, self._config.key)
+        LOG.event("agree", HOST=name, REQID=visit.reqid)
 
     # --- what it is to know of dispatchers ---------------------------------------------------------------
 
@@ -11654,6 +12021,7 @@ def _control_places(config: Config) -> list:
     kin = [path for one in (config.ca, config.cert) for path in find_siblings(one)]
     keys = [path for one in (ca_key_path(config.ca), config.key) for path in find_siblings(one)]
     private = (config.path, config.registry_dir, rotation_path(config), token_directory(config))
+    private += (secret_directory(config),)
     changed = (rotation_path(config), config.revoked_serials)
     locks = (config.default_path(VAR + "/upkeep.lock"), *(path + ".lock" for path in changed))
     return [

@@ -471,6 +471,7 @@ def directories():
     modes = {"registry_dir": "2750", "lock_dir": "2770", "runs_dir": "2770", "pairing_dir": "0770"}
     for key, mode in modes.items():
         yield "%s root:ctrl-exec %s" % (mode, getattr(config, key))
+    yield "0750 root:ctrl-exec %s" % ctrl_exec.secret_directory(config)
 
 
 def files_of_api():
@@ -483,10 +484,11 @@ def files_of_api():
         yield former.key
     if config.api_key and os.path.dirname(config.api_key) == ctrl_exec.ETC:
         yield config.api_key
-    if os.path.isdir(config.registry_dir):
-        for name in sorted(os.listdir(config.registry_dir)):
-            if name.endswith(".json"):
-                yield os.path.join(config.registry_dir, name)
+    secrets = ctrl_exec.secret_directory(config)
+    for directory in filter(os.path.isdir, (config.registry_dir, secrets)):
+        for name in sorted(os.listdir(directory)):
+            if name.endswith(".json") or directory == secrets:
+                yield os.path.join(directory, name)
 
 
 def quoted(path):

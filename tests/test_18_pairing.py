@@ -1271,7 +1271,7 @@ def test_an_offer_replaced_with_its_commitment_shows_another_code(shared, impost
             offer, state["nonce"] = raw_offer(tmp_path, hostname, body["csr"] if csr else None)
             state["csr"] = offer["csr"]
             return offer
-        return dict(body, reveal=state["nonce"]) if path == "/pair/reveal" else body
+        return dict(body, reveal=state["nonce"], exchange="") if path == "/pair/reveal" else body
 
     def answer(path, body):
         return dict(body, ca=text_of(impostor[2])) if "ca" in what.split() and path == "/pair" else body
@@ -1394,7 +1394,7 @@ def test_the_agents_own_nonce_sent_back_as_the_dispatchers_is_no_way_in(shared, 
 
 def test_a_nonce_equal_to_our_secret_one_is_refused(template, impostor, tmp_path, monkeypatch):
     host = new_host(tmp_path, "mirrored")
-    monkeypatch.setattr(ctrl_exec, "new_id", lambda size=8: "ab" * size)
+    monkeypatch.setattr(ctrl_exec, "exchange_nonce", lambda _: "ab" * 32)
     answer = fake_dispatcher(template, change_pending=lambda body: dict(body, dispatcher_nonce="ab" * 32))
     with FakeServer(impostor, answer) as server:
         with pytest.raises(ctrl_exec.PairingDenied):
@@ -1719,3 +1719,123 @@ def test_a_person_at_a_terminal_is_asked_before_anything_is_stored(shared, tmp_p
         terminal.close()
     assert len(stored(host)) == (3 if status == 0 else 0)
     assert host.run("pairing-status").returncode == (0 if status == 0 else 1)
+
+
+# --- what the CA says with a certificate, and the secret agreed on -------------------------------------------
+
+
+def agreed(host):
+    return ctrl_exec.load_request_secrets(ctrl_exec.request_secrets_path(host.config))
+
+
+def test_both_sides_have_the_same_secret_and_nobody_else_has_it(shared, tmp_path):
+    host = new_host(tmp_path, "agreeing")
+    attempt = Attempt(host, shared.port)
+    queued = ctrl_exec._request_path(shared.config.pairing_dir, shared.request("agreeing").reqid)
+    seen = [text_of(queued)]
+    shared.approve("agreeing")
+    attempt.store()
+    secret = ctrl_exec.find_secret(ctrl_exec.secret_directory(shared.config), "agreeing")
+    assert re.fullmatch("[0-9a-f]{64}", secret)
+    assert agreed(host) == {"control": ctrl_exec.RequestSecret(secret, True)}
+    own = ctrl_exec._secret_path(ctrl_exec.secret_directory(shared.config), "agreeing")
+    assert mode_of(own) == mode_of(shared.config.key) & 0o640
+    assert mode_of(ctrl_exec.request_secrets_path(host.config)) == 0o600
+    seen += [text_of(shared.control.file(ctrl_exec.ROOT_LOG)), text_of(host.config.cert)]
+    assert not any(secret in text for text in seen)
+
+
+def test_two_pairings_of_one_host_agree_on_two_secrets(shared, tmp_path):
+    host = new_host(tmp_path, "again")
+    found = []
+    for replace in (False, True):
+        attempt = Attempt(host, shared.port)
+        shared.approve("again", replace=replace)
+        attempt.store()
+        found.append(agreed(host)["control"].secret)
+    assert found[0] != found[1]
+    assert found[1] == ctrl_exec.find_secret(ctrl_exec.secret_directory(shared.config), "again")
+
+
+@pytest.mark.parametrize("what", ["dropped", "another key", "no key", "malformed"])
+def test_an_agents_key_changed_on_the_way_is_noticed(shared, impostor, tmp_path, what):
+    name = "key-" + what.replace(" ", "-")
+    other = {"dropped": "", "another key": OPENSSL.new_exchange()[1], "no key": "04" * 65, "malformed": "zz"}[what]
+
+    def request(path, body):
+        return dict(body, exchange=other) if path == "/pair/reveal" else body
+
+    host = new_host(tmp_path, name)
+    with Middleman(impostor, shared.port, request) as relay:
+        attempt = Attempt(host, relay.port)
+        if what == "dropped":
+            shared.approve(name)
+        with pytest.raises(ctrl_exec.PairingDenied):
+            attempt.store()
+    assert stored(host) == [] and agreed(host) == {}
+
+
+@pytest.mark.parametrize("what", ["dropped", "another key", "no point", "malformed"])
+def test_a_dispatchers_key_changed_on_the_way_is_noticed(shared, impostor, tmp_path, what):
+    name = "answer-" + what.replace(" ", "-")
+    other = {"dropped": "", "another key": OPENSSL.new_exchange()[1], "no point": "04" * 65, "malformed": "zz"}[what]
+
+    def answer(path, body):
+        return dict(body, exchange=other) if path == "/pair/reveal" else body
+
+    host = new_host(tmp_path, name)
+    with Middleman(impostor, shared.port, answer=answer) as relay:
+        attempt = Attempt(host, relay.port)
+        shared.approve(name)
+        with pytest.raises(ctrl_exec.PairingDenied, match="another exchange"):
+            attempt.store()
+    assert stored(host) == [] and agreed(host) == {}
+
+
+@pytest.mark.parametrize("pinned", [False, True], ids=["by code", "by the CA's fingerprint"])
+@pytest.mark.parametrize("field", ["dispatcher_serial", "dispatcher_id"])
+def test_nobody_in_between_names_another_dispatcher_of_the_same_ca(shared, impostor, tmp_path, field, pinned):
+    name = "named-%s-%d" % (field.replace("_", "-"), pinned)
+    host = new_host(tmp_path, name)
+    other = {"dispatcher_serial": "abc123", "dispatcher_id": "evil"}[field]
+    pin = ctrl_exec.fingerprint(ctrl_exec.read_certificate_der(shared.config.ca)) if pinned else ""
+
+    def answer(path, body):
+        return dict(body, **{field: other}) if path in ("/pair", "/pair/reveal") else body
+
+    with Middleman(impostor, shared.port, answer=answer) as relay:
+        attempt = Attempt(host, relay.port, ca_fingerprint=pin)
+        shared.approve(name)  # by somebody who does not look at the code
+        with pytest.raises(ctrl_exec.PairingDenied, match="another exchange"):
+            attempt.store()
+    assert stored(host) == []
+
+
+def test_a_pinned_ca_is_not_enough_when_it_does_not_say_what_it_answers(template, impostor, tmp_path):
+    pin = ctrl_exec.fingerprint(ctrl_exec.read_certificate_der(template.config.ca))
+    host = new_host(tmp_path, "pinning")
+    with FakeServer(impostor, fake_dispatcher(template)) as server:
+        with pytest.raises(ctrl_exec.PairingDenied, match="token, or compare the code"):
+            Attempt(host, server.port, ca_fingerprint=pin).store()
+    assert stored(host) == []
+
+
+def test_pairing_with_an_older_release_forgets_what_was_agreed_on(template, impostor, tmp_path):
+    host = new_host(tmp_path, "older-now")
+    path = ctrl_exec.request_secrets_path(host.config)
+    entry = ctrl_exec.RequestSecret("ab" * 32, True)
+    ctrl_exec.edit_request_secrets(path, lambda known: known.update(control=entry, other=entry))
+    with FakeServer(impostor, fake_dispatcher(template)) as server:
+        Attempt(host, server.port).store()
+    assert agreed(host) == {"other": entry}
+
+
+def test_an_agent_of_an_older_release_is_paired_without_a_secret(shared, tmp_path):
+    offer, nonce = raw_offer(tmp_path, "older-agent")
+    with support.tls_connect(shared.port, support.client_context()) as sock:
+        _, pending = exchange(sock, "/pair", offer)
+        sock.sendall(http_post("/pair/reveal", {"reqid": pending["reqid"], "reveal": nonce}))
+        shared.approve("older-agent")
+        status, _, reply = support.read_reply(sock)
+    assert json.loads(reply)["status"] == "approved" and "exchange" not in json.loads(reply)
+    assert ctrl_exec.find_secret(ctrl_exec.secret_directory(shared.config), "older-agent") == ""

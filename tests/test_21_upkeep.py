@@ -121,11 +121,9 @@ def tree(top):
 
 
 def host_files(host):
-    map_path = host.config.trusted_dispatchers_path
-    return {
-        "etc": tree(host.file(ctrl_exec.AGENT_ETC)),
-        "map": read(map_path) if os.path.exists(map_path) else b"",
-    }
+    paths = (host.config.trusted_dispatchers_path, ctrl_exec.request_secrets_path(host.config))
+    state = {path: read(path) if os.path.exists(path) else b"{}" for path in paths}
+    return {"etc": tree(host.file(ctrl_exec.AGENT_ETC)), "state": state}
 
 
 class Saved:
@@ -156,7 +154,8 @@ class Saved:
             for name, data in files["etc"].items():
                 if present["etc"].get(name) != data:
                     overwrite(host.file(ctrl_exec.AGENT_ETC + "/" + name), data)
-            overwrite(host.config.trusted_dispatchers_path, files["map"])
+            for path, data in files["state"].items():
+                overwrite(path, data)
         if host.process.poll() is not None:
             host.start()
         elif present != files:
@@ -176,6 +175,9 @@ def home(tmp_path_factory):
         for host in made.hosts.values():  # what pairing writes down, and Control.register does not
             fact = lambda agent: agent._replace(cas=care.cas, issuer=care.issuer)  # noqa: E731
             edit(made, host.name, lambda agent: ctrl_exec.with_trust(fact(agent), care.serial))
+            # for tests in which months pass on the control host alone
+            host.configure("run_retention_hours = %d\n" % (24 * 400))
+            host.reload()
         made.saved = Saved(made)
         yield made
 

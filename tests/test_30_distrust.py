@@ -44,7 +44,7 @@ def answer_to(rules, job):
         with theirs:
             socket.send_fds(executor, [b"job"], [theirs.fileno()])
         ctrl_exec.send_job(ours, job._replace(serial="ab1"))
-        ctrl_exec.serve_job(control, rules, {}, lambda request: None)
+        ctrl_exec.serve_job(control, rules, {}, lambda request: None, lambda request: None)
         return json.loads(ours.makefile("rb").readline())
 
 

@@ -691,8 +691,9 @@ def test_a_distance_that_is_none_is_refused_by_the_side_that_writes(site, args):
     identity = ctrl_exec.agent_identity(config)
     path = str(site.top) + "/clocks.json"
     custody = ctrl_exec.Custody(
-        identity, config.trusted_dispatchers_path, "", config.revoked_serials, path, path + ".addresses", "solo"
-    )
+        identity, config.trusted_dispatchers_path, "", config.revoked_serials, path, path + ".addresses",
+        path + ".secrets", "solo",
+    )  # fmt: skip
     request = ctrl_exec.JobRequest("note-clock", "x", "control", args=args)
     with pytest.raises(ctrl_exec.BadRequest):
         ctrl_exec.Custodian(custody, OPENSSL, None).note_clock(request)
