@@ -278,9 +278,11 @@ class Locked(CtrlExecError):
     http_status = 409
     code = "locked"
 
-    def __init__(self, conflicts: tuple) -> None:
-        super().__init__("locked: " + ", ".join(conflicts), "see: ced list-locks")
-        self.conflicts = conflicts
+    def __init__(self, conflicts: dict) -> None:
+        """`conflicts`: each host:script pair, to whose it is in words."""
+        pairs = ["%s (%s)" % (pair, holder) if holder else pair for pair, holder in conflicts.items()]
+        super().__init__("locked: " + ", ".join(pairs), "see: ced list-locks")
+        self.conflicts = tuple(conflicts)
 
 
 class LengthRequired(CtrlExecError):
@@ -652,10 +654,21 @@ def import_for_network() -> None:
     import resource, shlex, subprocess, tempfile, traceback  # noqa: E401, F401
 
 
+def control_process(option: int, value: int) -> None:
+    """One setting of prctl(2). A Python without ctypes goes without it."""
+    try:
+        import ctypes
+    except ImportError:
+        return
+    ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
 def become_user(user: str) -> None:
     """Give up root for `user` for good; where there is no such user, for nobody. Not root: nothing to do."""
     if os.geteuid() != 0:
         return
+    pr_set_no_new_privs = 38  # no setuid program gives anything back, to a hook neither
+    control_process(pr_set_no_new_privs, 1)
     import_for_network()
     owner = find_service_owner(user) or Owner(65534, 65534)
     os.setgroups([])
@@ -713,9 +726,12 @@ def find_disk_fault(path: str) -> str:
     return ""
 
 
-def read_file(path: str, limit: int = MAX_STATE_FILE) -> bytes:
-    """The content of a regular file of at most `limit` bytes. Raises StorageError, or FileNotFoundError."""
+def read_file(path: str, limit: int = MAX_STATE_FILE, follow: bool = True) -> bytes:
+    """The content of a regular file of at most `limit` bytes; unless `follow`, a symlink is none: where
+    another user may put files, it could lead to what only we may read. Raises StorageError, or
+    FileNotFoundError."""
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO in the place of a file must not hold us
+    flags |= 0 if follow else os.O_NOFOLLOW
     try:
         with open(path, "rb", opener=lambda name, _: os.open(name, flags)) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -731,28 +747,55 @@ def read_file(path: str, limit: int = MAX_STATE_FILE) -> bytes:
     return data
 
 
-def read_text(path: str, limit: int = MAX_STATE_FILE) -> str:
+def read_text(path: str, limit: int = MAX_STATE_FILE, follow: bool = True) -> str:
     """`read_file` as UTF-8. Raises StorageError when it is not."""
     try:
-        return read_file(path, limit).decode("utf-8-sig")  # an editor of another system may begin with a mark
+        return read_file(path, limit, follow).decode(
+            "utf-8-sig"
+        )  # an editor of another system may begin with a mark
     except UnicodeDecodeError as error:
         raise StorageError("%s: not UTF-8 at byte %d" % (path, error.start)) from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise BadRequest("%s is not JSON" % name)
+
+
+def _short_number(text: str) -> int:
+    """A whole number; reading a very long one takes time that grows with its square."""
+    if len(text) > 40:
+        raise BadRequest("a number with %d digits" % len(text))
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    """A number that stays one: 1e999 would be written again as Infinity."""
+    if len(text) > 400:
+        raise BadRequest("a number with %d digits" % len(text))
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        _refuse_constant(text[:80])
+    return value
+
+
+# For json.loads: each number is one that can be computed with and written again.
+STRICT_NUMBERS = {"parse_constant": _refuse_constant, "parse_float": _finite, "parse_int": _short_number}
 
 
 def parse_object(text: str, path: str) -> dict:
     """The JSON object that a file of ours consists of. Raises StorageError naming the file."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = json.loads(text, **STRICT_NUMBERS)
+    except (ValueError, RecursionError, BadRequest) as error:
         raise StorageError("%s: not JSON (%s)" % (path, error)) from error
     if not isinstance(value, dict):
         raise StorageError("%s: not a JSON object" % path)
     return value
 
 
-def read_json_file(path: str, limit: int = MAX_STATE_FILE) -> dict:
+def read_json_file(path: str, limit: int = MAX_STATE_FILE, follow: bool = True) -> dict:
     """A JSON object of ours. Raises StorageError naming the file when it is cut short or not an object."""
-    return parse_object(read_text(path, limit), path)
+    return parse_object(read_text(path, limit, follow), path)
 
 
 def _sync_directory(directory: str) -> None:
@@ -1164,6 +1207,13 @@ class FileLock:
                     raise StorageError(message) from error
                 time.sleep(pause)
         status = os.fstat(descriptor)
+        if (
+            not stat.S_ISREG(status.st_mode) or status.st_nlink > 1
+        ):  # a link to another file, to be written over
+            os.close(descriptor)
+            raise StorageError(
+                "%s is not a file of its own" % self.path, "remove it: a lock is made when needed"
+            )
         if status.st_uid == os.geteuid() and self._mode & ~status.st_mode:
             os.fchmod(descriptor, self._mode)
         return descriptor
@@ -1286,6 +1336,18 @@ def reload_service(path: str, what: str, hint: str) -> int:
         time.sleep(0.02)
     message = "the %s (process %d) does not say that it has reloaded" % (what, serving.pid)
     raise Unavailable(message, "its log says more")
+
+
+def has_hung_up(sock: Optional[socket.socket]) -> bool:
+    """Whether the other end has closed its half of a connection, or all of it is closed."""
+    if sock is None:
+        return False
+    try:
+        poller = select.poll()
+        poller.register(sock.fileno(), select.POLLRDHUP)
+        return bool(poller.poll(0))
+    except (OSError, ValueError):  # closed here
+        return True
 
 
 def receive_socket(control: socket.socket) -> tuple:
@@ -3780,27 +3842,6 @@ def _unique_fields(pairs: list) -> dict:
     return fields
 
 
-def _refuse_constant(name: str) -> None:
-    raise BadRequest("%s is not JSON" % name)
-
-
-def _short_number(text: str) -> int:
-    """A whole number; reading a very long one takes time that grows with its square."""
-    if len(text) > 40:
-        raise BadRequest("a number with %d digits" % len(text))
-    return int(text)
-
-
-def _finite(text: str) -> float:
-    """A number that stays one: 1e999 would be written again as Infinity."""
-    if len(text) > 400:
-        raise BadRequest("a number with %d digits" % len(text))
-    value = float(text)
-    if value in (float("inf"), float("-inf")):
-        _refuse_constant(text[:80])
-    return value
-
-
 def parse_json(data: bytes) -> dict:
     """A JSON object from the network: bounded in depth and values, no duplicate names, no NaN.
     Raises BadRequest."""
@@ -3810,9 +3851,7 @@ def parse_json(data: bytes) -> dict:
         value = json.loads(
             text,
             object_pairs_hook=_unique_fields,
-            parse_constant=_refuse_constant,
-            parse_float=_finite,
-            parse_int=_short_number,
+            **STRICT_NUMBERS,
         )
     except (ValueError, RecursionError):
         raise BadRequest("the body is not JSON") from None
@@ -4009,6 +4048,7 @@ class Response(NamedTuple):
     is_live: bool = False  # each chunk is sent as it comes, and is one or more lines of JSON
     kind: str = ""  # of the body, when it is something else
     headers: tuple = ()  # (name, value) pairs besides those that every answer has
+    is_resumable: bool = False  # a stream whose client comes again by itself, and goes on where it was
 
 
 def write_response(
@@ -4325,10 +4365,11 @@ class _Connection:
         self.port = port
         self.waiting = True
         self.is_repeatable = False  # what it is being sent can be had again
+        self.is_stream = False  # ... and the client comes again for it by itself
         self.served = 0  # requests answered
 
     def send_away(self) -> None:
-        self.waiting = False
+        self.waiting = self.is_repeatable = self.is_stream = False
         try:
             # Wakes the thread that reads, and it closes the socket. Not SSLSocket's own shutdown, which would
             # take the TLS state from under a handshake that is just beginning.
@@ -4502,8 +4543,10 @@ class Server:
     def _make_room(self) -> bool:
         if len(self._connections) >= 2 * self._max_connections:
             return False  # those sent away have not all left yet
-        for connection in self._connections:
-            if connection.waiting or connection.is_repeatable:
+        # Streams first: whoever listens goes on with another connection where this one ended.
+        for is_free in (lambda one: one.is_stream, lambda one: one.waiting or one.is_repeatable):
+            connection = next(filter(is_free, self._connections), None)
+            if connection is not None:
                 connection.send_away()
                 return True
         return False
@@ -4570,7 +4613,7 @@ class Server:
     def _answer_one(self, connection: _Connection, channel: Channel, peer: Peer, wait: float) -> bool:
         """Read one request and answer it; whether the connection goes on."""
         version, keep, method = "1.1", False, ""
-        connection.waiting, connection.is_repeatable = True, False
+        connection.waiting, connection.is_repeatable, connection.is_stream = True, False, False
         try:
             request = read_request(channel, Deadline(wait), self._max_body)
             connection.waiting = False
@@ -4590,6 +4633,7 @@ class Server:
             response = Response(500, {"ok": False, "error": "internal error; see the log here"})
         connection.waiting = False
         connection.is_repeatable = isinstance(response.body, (dict, list))
+        connection.is_stream = response.is_resumable
         connection.served += 1
         keep = keep and not response.close and not self._draining
         try:
@@ -6188,12 +6232,8 @@ class _Watch:
 def adopt_orphans() -> None:
     """Become the parent of every process below us that loses its own (PR_SET_CHILD_SUBREAPER of prctl(2)):
     then a run's processes are those below its supervisor, whatever sessions and groups they make."""
-    try:
-        import ctypes
-    except ImportError:  # a Python without it: their session and their environment remain to know them by
-        return
-    pr_set_child_subreaper = 36
-    ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
+    pr_set_child_subreaper = 36  # without it, their session and their environment remain to know them by
+    control_process(pr_set_child_subreaper, 1)
 
 
 def _find_birth(pid: int) -> str:
@@ -6358,6 +6398,19 @@ def _acquire_slot(rules: JobRules, name: str) -> Optional[FileLock]:
     return lock if lock.acquire() else None
 
 
+def _name_holder(rules: JobRules, script: Script, owner: str) -> str:
+    """Whose run has a script's lock, in words; of another dispatcher's there is its name alone."""
+    for store in (rules, _spare_rules(rules)):
+        directory = rules.locks_dir if store is rules else os.path.join(rules.spare_dir, "locks")
+        holder, _, reqid = (read_lock(os.path.join(directory, script.name + ".0")) or "").partition(" ")
+        if holder != owner and HOST_NAME.fullmatch(holder):
+            return " (for dispatcher %s)" % holder
+        record = find_record(store.store, owner, reqid) if holder and REQUEST_ID.fullmatch(reqid) else None
+        if record is not None:
+            return " (request %s of %s)" % (reqid, one_line(record.username) or "nobody named")
+    return ""
+
+
 def _take_slot(rules: JobRules, script: Script, request: JobRequest) -> FileLock:
     """One of the script's `max_running` locks. Raises Busy. Held by the supervisor, it outlasts the agent."""
     for number in range(script.max_running):
@@ -6372,7 +6425,7 @@ def _take_slot(rules: JobRules, script: Script, request: JobRequest) -> FileLock
                 lock.release()
                 raise
         return lock
-    raise Busy("%s is already running here" % script.name, "max_running in scripts.conf allows more at once")
+    raise Busy("%s is already running here%s" % (script.name, _name_holder(rules, script, request.owner)))
 
 
 def _time_limit(rules: JobRules, script: Script, asked: int) -> int:
@@ -6675,18 +6728,12 @@ def _answer(channel: socket.socket, status: int, pieces: Iterable) -> None:
     channel.close()
 
 
-def _is_hung_up(channel: socket.socket) -> bool:
-    poller = select.poll()
-    poller.register(channel.fileno(), select.POLLRDHUP)
-    return bool(poller.poll(0))
-
-
 def _await_run(channel: socket.socket, store: RunStore, record: RunRecord, seconds: float) -> RunRecord:
     """A run of another supervisor, once it has ended, `seconds` are over, or nobody waits any more."""
     deadline = Deadline(seconds)
 
     def is_over() -> bool:
-        return deadline.is_over() or _is_hung_up(channel)
+        return deadline.is_over() or has_hung_up(channel)
 
     record = settle_run(store, record)
     while record.status != "done" and not is_over():
@@ -7124,7 +7171,7 @@ class Executor:
 
         try:
             import ctypes  # noqa: F401
-        except ImportError:  # see adopt_orphans
+        except ImportError:  # see control_process
             pass
 
         gc.freeze()  # what exists now is shared with all children; a collection would copy it for each
@@ -8956,7 +9003,7 @@ def get_request(directory: str, reqid: str) -> RequestRecord:
     """The record of a request. Raises NotFound, and StorageError for one that cannot be used."""
     path = _run_path(directory, reqid)
     try:
-        return _parse_run(read_json_file(path, MAX_HOSTS_FILE), path)
+        return _parse_run(read_json_file(path, MAX_HOSTS_FILE, follow=False), path)
     except FileNotFoundError:
         raise NotFound("No such request: %s" % reqid, "see: ced history") from None
 
@@ -8991,7 +9038,7 @@ def list_request_records(directory: str, last: int = 0) -> tuple:
             break
         try:
             path = os.path.join(directory, name)
-            records.append(_parse_run(read_json_file(path, MAX_HOSTS_FILE), name))
+            records.append(_parse_run(read_json_file(path, MAX_HOSTS_FILE, follow=False), name))
         except FileNotFoundError:  # swept meanwhile
             continue
         except StorageError as error:
@@ -9020,11 +9067,22 @@ def _lock_path(directory: str, host: str, script: str) -> str:
     return os.path.join(directory, _file_name("%s--%s" % (host, script)) + ".lock")
 
 
+def _name_lock_holder(path: str) -> str:
+    """Which request holds a host:script lock, and whose it is, as it says."""
+    try:
+        values = parse_object(read_lock(path) or "", path)
+    except (OSError, StorageError):
+        return ""
+    texts = [one_line(str(values.get(key, ""))[:256]) for key in ("reqid", "user", "since")]
+    return "request %s of %s, since %s" % tuple(text or "?" for text in texts)
+
+
 class HostLocks:
     """The locks of one script on several hosts: all of them or none; held until released, or we die."""
 
-    def __init__(self, directory: str, hosts: Iterable, script: str, reqid: str) -> None:
+    def __init__(self, directory: str, hosts: Iterable, script: str, reqid: str, user: str = "") -> None:
         self._directory = directory
+        self._user = user
         self._hosts = sorted(hosts)  # one order for everybody
         self._script = script
         self._reqid = reqid
@@ -9041,21 +9099,21 @@ class HostLocks:
         if conflicts:
             self.__exit__()
             LOG.event("lock-conflict", REQID=self._reqid, CONFLICTS=",".join(conflicts))
-            raise Locked(tuple(conflicts))
+            raise Locked(conflicts)
         LOG.event("lock-acquire", REQID=self._reqid, SCRIPT=self._script, HOSTS=len(self._held))
         return self
 
-    def _acquire_all(self) -> list:
-        """Take what can be had; the pairs that others hold."""
-        conflicts = []
+    def _acquire_all(self) -> dict:
+        """Take what can be had; the pairs that others hold, with whose they are."""
+        conflicts = {}
         for host in self._hosts:
             lock = FileLock(_lock_path(self._directory, host, self._script), transient=True, mode=0o660)
             if lock.acquire():
-                holder = {"host": host, "script": self._script, "reqid": self._reqid}
+                holder = {"host": host, "script": self._script, "reqid": self._reqid, "user": self._user}
                 lock.write(json.dumps(dict(holder, pid=os.getpid(), since=iso_time(now()))))
                 self._held.append(lock)
             else:
-                conflicts.append("%s:%s" % (host, self._script))
+                conflicts["%s:%s" % (host, self._script)] = _name_lock_holder(lock.path)
         return conflicts
 
     def __exit__(self, *_: object) -> None:
@@ -9240,22 +9298,24 @@ class PairingFront:
         def count(address: str, *_: object) -> None:
             self._gate.count(address, "volume")
 
-        policy = ServerPolicy(self._gate.admit, count)
+        def refuse(address: str, error: CtrlExecError) -> Response:
+            self._gate.count(address, "volume")
+            return Response(error.http_status, render_refusal(error))
+
+        policy = ServerPolicy(self._gate.admit, count, refuse)
         server = Server(listeners, context, self.handle, policy, 256, MAX_PAIRING_BODY)
         server.serve(self._control.fileno())
         server.drain(1)
         return 0
 
     def handle(self, peer: Peer, request: Request) -> Response:
-        try:
-            route, _ = find_route(self._routes, request)
-        except CtrlExecError:
-            self._gate.count(peer.address, "volume")
-            raise
+        route, _ = find_route(self._routes, request)
         try:
             return route.handle(peer, request)
         except (BadRequest, TrustError, Unavailable) as error:
             LOG.event("pair-reject", PEER=peer.address, REASON=error.message)
+            if request.path != "/pair":  # which has counted already
+                self._gate.count(peer.address, "volume")
             return Response(
                 503 if isinstance(error, Unavailable) else 400,
                 {"status": "denied", "reason": error.message},
@@ -9309,6 +9369,7 @@ class PairingFront:
             raise BadRequest("no such pairing request on this connection", "reqid")
         waiting = offered.request
         if not _is_opened(offered.commit, fields["reveal"], waiting.offer()):
+            self._gate.count(peer.address, "volume")
             LOG.event("pair-tamper", REQID=waiting.reqid, PEER=peer.address, NAME=waiting.hostname)
             return Response(
                 403, {"status": "denied", "reason": "the reveal does not match the commitment"}, True
@@ -9536,7 +9597,7 @@ def find_pairing_request(directory: str, reqid: str) -> Optional[PairingRequest]
     """A request in the queue, or None. Raises StorageError for a file that cannot be used."""
     path = _request_path(directory, reqid)
     try:
-        request = parse_pairing_request(read_json_file(path))
+        request = parse_pairing_request(read_json_file(path, follow=False))
     except FileNotFoundError:
         return None
     except BadRequest as error:
@@ -9801,14 +9862,25 @@ class PairingDesk:
         try:
             if request.token_id:
                 return use_token(token_directory(self._config), self._terms, request, approve)
-            waiting = len(load_pairing_requests(self._config)[0])
-            if waiting >= self._terms.max_queue:
-                raise PairingDenied("the queue is full (%d requests wait)" % waiting)
+            self._make_room(request.peer)
             write_pairing_request(self._config.pairing_dir, request)
         except _TokenRefused as refusal:
             self._reject(request, PairingDenied("the pairing token is not accepted"), WHY=str(refusal))
         except CtrlExecError as error:
             self._reject(request, error)
+
+    def _make_room(self, peer: str) -> None:
+        """See that the queue has a place for a request from an address. Where the queue is full, whoever has
+        two places in it gives one up for an address that has none. Raises PairingDenied."""
+        waiting = load_pairing_requests(self._config)[0]
+        if len(waiting) < self._terms.max_queue:
+            return
+        peers = [request.peer for request in waiting]
+        greedy = max(peers, key=peers.count, default=peer)
+        if peer in peers or peers.count(greedy) < 2:
+            raise PairingDenied("the queue is full (%d requests wait)" % len(waiting))
+        latest = [request for request in waiting if request.peer == greedy][-1]
+        self._reject(latest, PairingDenied("the queue is full, and others wait"))
 
     def _reject(self, request: PairingRequest, error: CtrlExecError, **facts: str) -> None:
         facts.update(REQID=request.reqid, PEER=request.peer, NAME=request.hostname)
@@ -9868,6 +9940,17 @@ class PairingDesk:
         _remove_request(self._config.pairing_dir, reqid)
 
 
+def _own_queue(directory: str) -> None:
+    """The queue is the desk's alone: what stands in it gets a certificate. Raises StorageError."""
+    make_directory(directory, 0o700)
+    try:
+        if os.stat(directory).st_uid != os.geteuid():
+            raise StorageError("%s belongs to another user" % directory, "chown root %s" % directory)
+        os.chmod(directory, 0o700)  # earlier releases shared it with the service's group
+    except OSError as error:
+        raise StorageError("%s: %s" % (directory, error.strerror)) from error
+
+
 def open_desk(config: Config, allow_legacy: bool) -> tuple:
     """Start pairing mode: (desk, terms, port). Raises TrustError, ConfigError, StorageError."""
     openssl = OpenSSL()
@@ -9876,8 +9959,7 @@ def open_desk(config: Config, allow_legacy: bool) -> tuple:
         raise TrustError(
             "%s: no such file" % ca_key_path(config.ca), "ced setup-ca, or pair on the host that has the CA"
         )
-    group = find_service_owner(DISPATCHER_USER)
-    make_directory(config.pairing_dir, 0o770, None if group is None else Owner(0, group.gid))
+    _own_queue(config.pairing_dir)
     terms = build_terms(config, openssl, new_id(), allow_legacy)
     context = new_server_context(dispatcher_identity(config), verify_clients=False, group=DISPATCHER_USER)
     listeners = open_listeners((), config.pairing_port)
@@ -10221,12 +10303,15 @@ LONG_POLL = 50  # seconds; less than what proxies and firewalls cut off, and a r
 MAX_WAITING = 1000  # threads that wait for hosts at once; each is idle, and costs some 100 KiB
 
 
-def fan_out(agents: list, work: Callable, parallel: int) -> Iterator[HostResult]:
+def fan_out(
+    agents: list, work: Callable, parallel: int, check: Optional[Callable] = None
+) -> Iterator[HostResult]:
     """`work(agent)` for every agent on at most `parallel` threads; results as they come.
 
-    When the caller stops listening (Ctrl-C), no further host is begun. One host needs no thread.
+    When the caller stops listening (Ctrl-C), or `check()`, which is called every second, raises, no further
+    host is begun. One host needs no thread, unless there is such a check.
     """
-    if len(agents) == 1:
+    if len(agents) == 1 and check is None:
         yield work(agents[0])
         return
     import queue
@@ -10256,7 +10341,12 @@ def fan_out(agents: list, work: Callable, parallel: int) -> Iterator[HostResult]
                     raise Unavailable("cannot start a thread; try again later") from None
                 break
         for _ in agents:
-            result = results.get()
+            while True:
+                try:
+                    result = results.get(timeout=None if check is None else 1)
+                    break
+                except queue.Empty:
+                    check()
             if isinstance(result, BaseException):
                 raise result
             yield result
@@ -10879,12 +10969,14 @@ class Dispatcher:
         self._hook.decide(context._replace(action=action))
 
     def _each(
-        self, agents: list, action: str, work: Callable, parallel: int = 0, keep: bool = True
-    ) -> Iterator[HostResult]:
-        """`keep`: the caller keeps all results, and not each until it asks for the next."""
+        self, agents: list, action: str, work: Callable, parallel: int = 0, keep: bool = True,
+        check: Optional[Callable] = None,
+    ) -> Iterator[HostResult]:  # fmt: skip
+        """`keep`: the caller keeps all results, and not each until it asks for the next. `check`: see
+        `fan_out`."""
         kept, room = 0, self.client.room
         try:
-            for result in fan_out(agents, work, parallel or self._config.max_parallel):
+            for result in fan_out(agents, work, parallel or self._config.max_parallel, check):
                 fields = {"REQID": result.reqid, "HOST": result.host, "STATE": result.state}
                 if result.error:
                     fields["ERROR"] = result.error
@@ -10897,22 +10989,24 @@ class Dispatcher:
             room.keep(-kept)
             room.give(kept)
 
-    def ping(self, agents: list, reqid: str, then: Optional[Callable] = None) -> Iterator[HostResult]:
-        """Ask every agent whether it is there; `then` as in `HostClient.call`."""
+    def ping(
+        self, agents: list, reqid: str, then: Optional[Callable] = None, check: Optional[Callable] = None
+    ) -> Iterator[HostResult]:
+        """Ask every agent whether it is there; `then` as in `HostClient.call`, `check` as in `fan_out`."""
 
         def work(agent: Agent) -> HostResult:
             body = {"reqid": reqid, "time": iso_time(now())}
             return self.client.call(agent, reqid, "POST", "/ping", body, judge_ping, then=then)
 
-        return self._each(agents, "ping", work)
+        return self._each(agents, "ping", work, check=check)
 
-    def discover(self, agents: list, reqid: str) -> Iterator[HostResult]:
-        """Ask every agent what it offers, and keep its tags in the registry."""
+    def discover(self, agents: list, reqid: str, check: Optional[Callable] = None) -> Iterator[HostResult]:
+        """Ask every agent what it offers, and keep its tags in the registry; `check` as in `fan_out`."""
 
         def work(agent: Agent) -> HostResult:
             return self.client.call(agent, reqid, "GET", "/capabilities", None, judge_capabilities)
 
-        for result in self._each(agents, "discovery", work):
+        for result in self._each(agents, "discovery", work, check=check):
             tags = result.answer.get("tags")
             if result.state == "ok" and isinstance(tags, dict):
                 texts = {str(key): str(value) for key, value in tags.items()}
@@ -10951,7 +11045,7 @@ class Dispatcher:
 
         raise_descriptor_limit()  # a lock and a connection for each host
         names = [agent.name for agent in agents]
-        with HostLocks(self._config.lock_dir, names, request.script, request.reqid):
+        with HostLocks(self._config.lock_dir, names, request.script, request.reqid, request.username):
             moment = now()
             record = RequestRecord(
                 request.reqid, request.script, request.mode, request.username, request.source_ip,
@@ -11037,9 +11131,12 @@ class Dispatcher:
         """What is remembered of a request. Raises NotFound."""
         return get_request(self._config.runs_dir, reqid)
 
-    def wait(self, record: RequestRecord, seconds: Optional[float]) -> Iterator[HostResult]:
+    def wait(
+        self, record: RequestRecord, seconds: Optional[float], check: Optional[Callable] = None
+    ) -> Iterator[HostResult]:
         """How a request goes on every host, each as soon as it has ended there, after `seconds` at the latest
-        (None: whenever that is). A host that cannot be reached is tried again meanwhile."""
+        (None: whenever that is). A host that cannot be reached is tried again meanwhile. `check` as in
+        `fan_out`."""
         deadline = Deadline(10**9 if seconds is None else seconds)
         agents, others = self._registered(record)
 
@@ -11070,7 +11167,7 @@ class Dispatcher:
         results: list = []
         parallel = max(self._config.max_parallel, min(len(agents), MAX_WAITING))
         try:
-            for result in self._each(agents, "result", work, parallel) if agents else ():
+            for result in self._each(agents, "result", work, parallel, check=check) if agents else ():
                 known = record.hosts[result.host]
                 if result.state in ("unreachable", "timeout", "unknown") and known.state not in OPEN_STATES:
                     error = "its output cannot be had now: " + result.error
@@ -12021,16 +12118,13 @@ def _control_places(config: Config) -> list:
     kin = [path for one in (config.ca, config.cert) for path in find_siblings(one)]
     keys = [path for one in (ca_key_path(config.ca), config.key) for path in find_siblings(one)]
     private = (config.path, config.registry_dir, rotation_path(config), token_directory(config))
-    private += (secret_directory(config),)
+    private += (secret_directory(config), config.pairing_dir)
     changed = (rotation_path(config), config.revoked_serials)
     locks = (config.default_path(VAR + "/upkeep.lock"), *(path + ".lock" for path in changed))
     return [
         *(Place(path) for path in (*kin, *keys, *locks, config.revoked_serials)),
         *(Place(path, is_private=True) for path in private),
-        *(
-            Place(path, True, DISPATCHER_USER)
-            for path in (config.runs_dir, config.lock_dir, config.pairing_dir)
-        ),
+        *(Place(path, True, DISPATCHER_USER) for path in (config.runs_dir, config.lock_dir)),
         *(Place(path) for path in ((hook.path,) if hook is not None else ())),
     ]
 
@@ -12603,14 +12697,24 @@ def _read_query(request: Request, rows: tuple) -> dict:
 class _Call:
     """One request on its way through: what is known of it so far."""
 
-    def __init__(self, address: str, request: Request) -> None:
-        self.address = address
+    def __init__(self, peer: Peer, request: Request) -> None:
+        self.address = peer.address
+        self._sock = peer.sock
         self.request = request
         self.operation: Optional[Operation] = None
         self.fields: dict = {}
         self.username = ""
         self.token = ""
         self.reqid = new_id()  # or that of the run it is about
+
+    def is_alone(self) -> bool:
+        """Whether the caller has gone."""
+        return has_hung_up(self._sock)
+
+    def check(self) -> None:
+        """End what nobody waits for any more. Raises BrokenPipeError."""
+        if self.is_alone():
+            raise BrokenPipeError(errno.EPIPE, "the caller has gone")
 
     def read(self, names: tuple) -> None:
         """Find out what is asked for, by whatever of our names. Raises BadRequest, Denied, NotFound,
@@ -12626,6 +12730,73 @@ class _Call:
         self.username = self.fields["username"]
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         self.token = self.fields["token"] or (token.strip() if scheme.lower() == "bearer" else "")
+
+
+class _EventStreams:
+    """Runs that are shown as they go: at most so many at once, and no longer than the server serves."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._open = 0
+        self._stopping = threading.Event()
+
+    def stop(self) -> None:
+        """End those that would go on for ever; who listens goes on at another server."""
+        self._stopping.set()
+
+    def start(self, most: int, *what: Any) -> Iterator[bytes]:
+        """A stream of server-sent events; `what` as for `_show`. Raises Unavailable."""
+        if self._open >= most:
+            raise Unavailable("%d event streams are open; try again later" % self._open)
+        return self._count(most, what)
+
+    def _count(self, most: int, what: tuple) -> Iterator[bytes]:
+        with self._guard:
+            is_one_too_many = self._open >= most  # since it was asked
+            self._open += 1
+        try:
+            if not is_one_too_many:
+                yield from self._show(*what)
+        finally:
+            with self._guard:
+                self._open -= 1
+
+    def _show(
+        self, call: _Call, dispatcher: Dispatcher, record: RequestRecord, places: _Places
+    ) -> Iterator[bytes]:
+        """A run. Without `complete` at its end, a client is to come again."""
+        feed = _Feed()
+        follower = threading.Thread(
+            target=_follow, args=(dispatcher, record, places.left(), feed), daemon=True
+        )
+        try:
+            follower.start()
+        except RuntimeError:  # can't start new thread: the listener will come again
+            return
+        beat, complete = Deadline(BEAT_SECONDS), True
+        try:
+            yield b"retry: %d\n\n" % (1000 * RETRY_SECONDS)
+            while not self._stopping.is_set() and not call.is_alone():
+                item = feed.get(min(1, BEAT_SECONDS))
+                if item is not None:
+                    kind, host, *rest = item
+                    if kind == "last":
+                        if complete and host:
+                            yield _render_event("complete", places.render(), {"reqid": record.reqid})
+                        return
+                    if kind == "output":
+                        places.move(host, rest[0], len(rest[1]))
+                        shown = _render_output(host, *rest)
+                    else:
+                        shown = rest[0]
+                        complete = complete and kind != "lost"
+                        places.end(host) if kind == "end" else None
+                    yield _render_event(kind, places.render(), shown)
+                elif beat.is_over():
+                    yield b": beat\n\n"
+                    beat = Deadline(BEAT_SECONDS)
+        finally:
+            feed.close()
 
 
 def _render_refusal(error: CtrlExecError) -> Response:
@@ -12664,7 +12835,7 @@ class Api:
         self._dispatcher: Optional[Dispatcher] = None
         self._made_of: tuple = ()  # signature of the files that it was made of
         self._expiries: dict = {}  # path of a certificate: (signature, end of validity)
-        self._stopping = threading.Event()
+        self._streams = _EventStreams()
         self._handlers = {
             "index": self._index, "health": self._health, "ping": self._ping, "run": self._run,
             "discovery": self._discovery, "discovery_of": self._discovery, "status": self._status,
@@ -12678,8 +12849,8 @@ class Api:
             self._config, self._made_of = config, ()
 
     def stop(self) -> None:
-        """End the streams that would go on for ever; who listens goes on at another server."""
-        self._stopping.set()
+        """End what would go on for ever."""
+        self._streams.stop()
 
     def dispatcher(self) -> Dispatcher:
         """The control host's operations, as its files are now: a rotated certificate or a revocation counts
@@ -12706,13 +12877,16 @@ class Api:
 
     def handle(self, peer: Peer, request: Request) -> Response:
         """Answer one request, whatever happens."""
-        call = _Call(peer.address, request)
+        call = _Call(peer, request)
         self._metrics.add("ctrl_exec_api_requests_in_progress")
         try:
             call.read(self._config.api_names)
             response = self._handlers[call.operation.name](call)
         except CtrlExecError as error:
             response = _render_refusal(error)
+        except BrokenPipeError as error:
+            LOG.event("api-request", REQID=call.reqid, PEER=call.address, ERROR=error.strerror)
+            raise
         except Exception as error:
             log_bug(error, REQID=call.reqid, PEER=call.address)
             body = {"ok": False, "error": "internal error; the log has it under this request id"}
@@ -12824,7 +12998,8 @@ class Api:
 
     def _ping(self, call: _Call) -> Response:
         dispatcher, agents, _ = self._open(call)
-        results = [render_ping(result) for result in dispatcher.ping(agents, call.reqid)]
+        pinged = dispatcher.ping(agents, call.reqid, check=call.check)
+        results = [render_ping(result) for result in pinged]
         return Response(200, {"ok": True, "reqid": call.reqid, "results": results})
 
     def _run(self, call: _Call) -> Response:
@@ -12846,19 +13021,20 @@ class Api:
 
     def _discovery(self, call: _Call) -> Response:
         dispatcher, agents, problems = self._open(call)
-        hosts = {result.host: render_offer(result) for result in dispatcher.discover(agents, call.reqid)}
+        found = dispatcher.discover(agents, call.reqid, call.check)
+        hosts = {result.host: render_offer(result) for result in found}
         body = {"ok": True, "reqid": call.reqid, "hosts": hosts}
         return Response(200, dict(body, warnings=problems) if problems else body)
 
     def _openapi_live(self, call: _Call) -> Response:
         dispatcher, agents, _ = self._open(call)
-        return Response(200, build_live_openapi(list(dispatcher.discover(agents, call.reqid))))
+        return Response(200, build_live_openapi(list(dispatcher.discover(agents, call.reqid, call.check))))
 
     # --- about earlier runs ------------------------------------------------------------------------------
 
     def _status(self, call: _Call) -> Response:
         dispatcher, record = self._find(call)
-        results = sorted(dispatcher.wait(record, 0), key=lambda result: result.host)
+        results = sorted(dispatcher.wait(record, 0, call.check), key=lambda result: result.host)
         finished = dispatcher.get_request(record.reqid).finished  # which those results may have changed
         pending = list_pending(record, results)
         body = {"ok": True, "reqid": record.reqid, "script": record.script, "mode": record.mode}
@@ -12887,44 +13063,11 @@ class Api:
     def _events(self, call: _Call) -> Response:
         dispatcher, record = self._find(call)
         places = _Places(record.hosts, call.request.headers.get("last-event-id", ""))
-        stream = self._stream(dispatcher, record, places)
+        most = max(1, self._config.api_max_connections // 2)  # the rest is for those who ask and go
+        stream = self._streams.start(most, call, dispatcher, record, places)
         headers = (("Cache-Control", "no-store"), ("X-Accel-Buffering", "no"))  # nginx would hold it back
-        return Response(200, stream, close=True, is_live=True, kind=EVENT_STREAM, headers=headers)
-
-    def _stream(self, dispatcher: Dispatcher, record: RequestRecord, places: _Places) -> Iterator[bytes]:
-        """A run as server-sent events. Without `complete` at its end, a client is to come again."""
-        feed = _Feed()
-        follower = threading.Thread(
-            target=_follow, args=(dispatcher, record, places.left(), feed), daemon=True
-        )
-        try:
-            follower.start()
-        except RuntimeError:  # can't start new thread: the listener will come again
-            return
-        beat, complete = Deadline(BEAT_SECONDS), True
-        try:
-            yield b"retry: %d\n\n" % (1000 * RETRY_SECONDS)
-            while not self._stopping.is_set():
-                item = feed.get(min(1, BEAT_SECONDS))
-                if item is not None:
-                    kind, host, *rest = item
-                    if kind == "last":
-                        if complete and host:
-                            yield _render_event("complete", places.render(), {"reqid": record.reqid})
-                        return
-                    if kind == "output":
-                        places.move(host, rest[0], len(rest[1]))
-                        shown = _render_output(host, *rest)
-                    else:
-                        shown = rest[0]
-                        complete = complete and kind != "lost"
-                        places.end(host) if kind == "end" else None
-                    yield _render_event(kind, places.render(), shown)
-                elif beat.is_over():
-                    yield b": beat\n\n"
-                    beat = Deadline(BEAT_SECONDS)
-        finally:
-            feed.close()
+        facts = {"close": True, "is_live": True, "is_resumable": True, "headers": headers}
+        return Response(200, stream, kind=EVENT_STREAM, **facts)
 
     # --- figures -----------------------------------------------------------------------------------------
 
@@ -13306,9 +13449,9 @@ def cmd_setup_ctrl_exec(args: Any, config: Config) -> int:
         (config.registry_dir, 0o2750),
         (config.lock_dir, 0o2770),
         (config.runs_dir, 0o2770),
-        (config.pairing_dir, 0o770),
     ):
         make_directory(path, mode, None if group is None else Owner(0, group.gid))
+    make_directory(config.pairing_dir, 0o700)
     say("dispatcher %s: certificate %s" % (config.dispatcher_id, identity.cert))
     say("serial %s, valid until %s" % (info.serial, iso_time(info.not_after)))
     say("next: `ced pairing-mode` here, and `cea request-pairing --dispatcher THIS-HOST` on each host")
@@ -13450,12 +13593,17 @@ def cmd_list_locks(args: Any, config: Config) -> int:
     if args.json:
         _say_json({"ok": True, "locks": locks})
         return 0
-    keys = ("host", "script", "reqid", "pid", "since")
+    keys = ("host", "script", "reqid", "user", "pid", "since")
     say(
         _render_table(
             tuple(key.upper() for key in keys), [tuple(lock.get(key, "-") for key in keys) for lock in locks]
         )
     )
+    for record in list_request_records(config.runs_dir)[0]:  # they hold no lock here, but one on the host
+        hosts = sorted(name for name, outcome in record.hosts.items() if outcome.state == "accepted")
+        if hosts:
+            facts = (record.reqid, record.script, ", ".join(hosts), record.reqid)
+            say("request %s (--async): %s may still run on %s; see: ced status %s" % facts)
     return 0
 
 

@@ -372,8 +372,9 @@ list_directories_of_dispatcher() {
 2750 root:ctrl-exec /var/lib/ctrl-exec/agents
 2770 root:ctrl-exec /var/lib/ctrl-exec/locks
 2770 root:ctrl-exec /var/lib/ctrl-exec/runs
-0770 root:ctrl-exec /var/lib/ctrl-exec/pairing
+0700 root:root /var/lib/ctrl-exec/pairing
 0700 root:root /var/lib/ctrl-exec/pairing-tokens
+0750 root:ctrl-exec /var/lib/ctrl-exec/request-secrets
 END
 }
 
@@ -468,9 +469,10 @@ except ctrl_exec.CtrlExecError as error:
 
 def directories():
     """MODE OWNER:GROUP PATH of those that have a key."""
-    modes = {"registry_dir": "2750", "lock_dir": "2770", "runs_dir": "2770", "pairing_dir": "0770"}
+    modes = {"registry_dir": "2750", "lock_dir": "2770", "runs_dir": "2770"}
     for key, mode in modes.items():
         yield "%s root:ctrl-exec %s" % (mode, getattr(config, key))
+    yield "0700 root:root %s" % config.pairing_dir
     yield "0750 root:ctrl-exec %s" % ctrl_exec.secret_directory(config)
 
 

@@ -64,7 +64,7 @@ def test_statuses_are_ones_that_a_shell_and_http_know(kind):
 
 @pytest.mark.parametrize("kind", ERRORS, ids=lambda kind: kind.__name__)
 def test_every_error_has_a_message_and_a_hint(kind):
-    error = kind(("a:b",)) if kind is ctrl_exec.Locked else kind("the reason")
+    error = kind({"a:b": ""}) if kind is ctrl_exec.Locked else kind("the reason")
     assert error.message == str(error) == ("locked: a:b" if kind is ctrl_exec.Locked else "the reason")
     assert isinstance(error.hint, str)
 
@@ -73,7 +73,7 @@ def test_errors_that_carry_more_keep_it():
     assert ctrl_exec.BadRequest("no", field="args").field == "args"
     assert ctrl_exec.Denied("no").reason_code == 1
     assert ctrl_exec.Denied("no", 3, "ask").hint == "ask"
-    assert ctrl_exec.Locked(("a:x", "b:x")).conflicts == ("a:x", "b:x")
+    assert ctrl_exec.Locked({"a:x": "", "b:x": "request r1"}).conflicts == ("a:x", "b:x")
     assert ctrl_exec.TransportError("gone").state == "unreachable"
     assert ctrl_exec.TransportError("gone", "unknown").state == "unknown"
 

@@ -1839,3 +1839,78 @@ def test_an_agent_of_an_older_release_is_paired_without_a_secret(shared, tmp_pat
         status, _, reply = support.read_reply(sock)
     assert json.loads(reply)["status"] == "approved" and "exchange" not in json.loads(reply)
     assert ctrl_exec.find_secret(ctrl_exec.secret_directory(shared.config), "older-agent") == ""
+
+
+# --- the queue, and those who crowd it -----------------------------------------------------------------------
+
+
+def request_from(desk, peer, number):
+    request = ctrl_exec.PairingRequest(
+        "r%d" % number, "host-%d" % number, OFFERED["csr"], "ab" * 32, 7443, "", "", "1", peer, "cd" * 32, "ef" * 32,
+        received=time.time() + number, desk=desk._terms.desk,
+    )  # fmt: skip
+    desk._admit(request)
+    return request
+
+
+OFFERED = {}
+
+
+def test_who_has_two_places_in_a_full_queue_gives_one_to_who_has_none(new_desk, tmp_path, monkeypatch):
+    OFFERED.update(raw_offer(tmp_path, "x")[0])
+    opened = new_desk("pairing_max_queue = 3\n")
+    terms = ctrl_exec.build_terms(opened.config, OPENSSL, ctrl_exec.new_id())._replace(max_queue=3)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        desk = ctrl_exec.PairingDesk(opened.config, OPENSSL, terms, ours)
+        refused = []
+        monkeypatch.setattr(desk, "_answer", lambda reqid, body: refused.append((reqid, body["reason"])))
+        for number, peer in enumerate(["10.0.0.1", "10.0.0.1", "10.0.0.2"]):
+            request_from(desk, peer, number)
+        assert refused == []
+        request_from(desk, "10.0.0.3", 3)  # the greedy one's latest goes
+        assert refused == [("r1", "the queue is full, and others wait")]
+        request_from(desk, "10.0.0.1", 4)
+        request_from(desk, "10.0.0.4", 5)  # all have one by now
+        assert [reqid for reqid, _ in refused] == ["r1", "r4", "r5"]
+        assert sorted(request.reqid for request in opened.waiting()) == ["r0", "r2", "r3"]
+        desk._lock.release()
+
+
+@pytest.mark.parametrize("path", ["/pair/reveal", "/pair/stored", "/elsewhere", "garbage"])
+def test_every_path_of_the_pairing_port_counts_towards_its_rate(new_desk, path):
+    desk = new_desk("pairing_rate_limit_volume = 3/600/600\n")
+    for _ in range(8):
+        try:
+            with support.tls_connect(desk.port, support.client_context()) as sock:
+                if path == "garbage":
+                    sock.sendall(b"\x00\x01\r\n\r\n")
+                else:
+                    sock.sendall(http_post(path, {"reqid": "r1", "reveal": "ab" * 32}))
+                sock.recv(4096)
+        except OSError:
+            break
+    support.wait_until(lambda: desk.control.events("rate-block"), what="the block")
+
+
+def test_the_queue_of_an_earlier_release_becomes_the_desks_alone(new_desk, template, tmp_path):
+    root = str(tmp_path / "earlier")
+    control = copy_control(template, root)
+    place = control.file(ctrl_exec.VAR + "/pairing")
+    os.makedirs(place)
+    os.chmod(place, 0o770)
+    desk = Desk(control)
+    try:
+        assert mode_of(place) == 0o700
+    finally:
+        desk.close()
+
+
+def test_what_faces_the_pairing_port_gains_no_privileges(new_desk):
+    if os.geteuid() != 0:
+        pytest.skip("needs root: a change of user")
+    desk = new_desk()
+    def fronts():
+        pids = [one.pid for one in ctrl_exec.list_processes() if one.parent == desk.process.pid]
+        return [pid for pid in pids if "NoNewPrivs:\t1" in text_of("/proc/%d/status" % pid)]
+    support.wait_until(fronts, what="the front")

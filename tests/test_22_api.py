@@ -1,6 +1,7 @@
 """The HTTP API: real servers on real files, asked over real sockets."""
 
 import base64
+import contextlib
 import json
 import os
 import re
@@ -73,15 +74,24 @@ def start(request, deployment):
         server.stop()
 
 
-def take_all_places(api, count):
-    """Connections that each listen to a run that takes its time; close them to have room again."""
-    reqid = api.run_script(["alpha"], "sleep", "600", **{"async": True}).json["reqid"]
-    listening = []
-    for _ in range(count):
-        listening.append(api.connect())
-        send_http(listening[-1], "GET", "/events/" + reqid)
-        assert listening[-1].recv(12) == b"HTTP/1.1 200"
-    return reqid, listening
+@contextlib.contextmanager
+def busy_places(api, *hosts):
+    """As many connections that wait for a run of their own, each on another host."""
+    waiting = []
+    for host in hosts:
+        waiting.append(api.connect())
+        send_http(waiting[-1], "POST", "/run", {"hosts": [host], "script": "sleep", "args": ["600"]})
+    locks = lambda: ctrl_exec.list_locks(api.config.lock_dir)  # noqa: E731
+    wait_until(lambda: len([one for one in locks() if "reqid" in one]) == len(hosts), what="the runs")
+    held = {lock["reqid"] for lock in locks()}
+    try:
+        yield
+    finally:
+        ended = [api.deployment.control.run("cancel", reqid).returncode for reqid in held]
+    assert set(ended) == {0}
+    for sock in waiting:
+        assert read_reply(sock)[0] == 200
+        sock.close()
 
 
 def seen(server):
@@ -535,6 +545,11 @@ def record_of(*hosts):
     return ctrl_exec.RequestRecord("r1", "s", "async", "", "", "", dict.fromkeys(hosts, ctrl_exec.Outcome()))
 
 
+def stream_of(dispatcher, *hosts):
+    call = ctrl_exec._Call(ctrl_exec.Peer("127.0.0.1", 1, None), None)
+    return ctrl_exec._EventStreams().start(9, call, dispatcher, record_of(*hosts), ctrl_exec._Places(hosts))
+
+
 def test_a_silent_run_gives_signs_of_life_and_a_listener_who_goes_ends_the_following(api, monkeypatch):
     monkeypatch.setattr(ctrl_exec, "BEAT_SECONDS", 0.05)
     ended = threading.Event()
@@ -548,7 +563,7 @@ def test_a_silent_run_gives_signs_of_life_and_a_listener_who_goes_ends_the_follo
             ended.set()
         yield
 
-    stream = ctrl_exec.Api(api.config)._stream(Played(play), record_of("a"), ctrl_exec._Places(["a"]))
+    stream = stream_of(Played(play), "a")
     assert [next(stream) for _ in range(3)] == [b"retry: 1000\n\n", b": beat\n\n", b": beat\n\n"]
     stream.close()
     assert ended.wait(60)
@@ -563,7 +578,7 @@ def test_a_slow_listener_holds_back_no_more_than_a_bounded_number_of_pieces(api)
             shown.append(number)
         yield from ()
 
-    stream = ctrl_exec.Api(api.config)._stream(Played(play), record_of("a"), ctrl_exec._Places(["a"]))
+    stream = stream_of(Played(play), "a")
     next(stream)
     next(stream)
     wait_until(lambda: len(shown) >= ctrl_exec.FEED_ITEMS, what="a full feed")
@@ -581,7 +596,7 @@ def test_a_bug_ends_the_stream_without_a_word_to_the_listener(api, tmp_path, mon
         raise KeyError("secret")
         yield
 
-    stream = ctrl_exec.Api(api.config)._stream(Played(play), record_of("a"), ctrl_exec._Places(["a"]))
+    stream = stream_of(Played(play), "a")
     assert list(stream) == [b"retry: 1000\n\n"]
     assert "ACTION=bug" in (tmp_path / "log").read_text()
 
@@ -591,17 +606,75 @@ def test_a_bug_ends_the_stream_without_a_word_to_the_listener(api, tmp_path, mon
 
 def check_refusal(api):
     """Over its connections, it says so, and serves again when there is room."""
-    reqid, listening = take_all_places(api, 3)
-    reply = api.call("GET", "/health")
-    assert (reply.status, reply.json["ok"]) == (503, False) and int(reply.headers["retry-after"]) >= 1
-    for sock in listening:
-        sock.close()
-    api.deployment.control.run("cancel", reqid)
+    with busy_places(api, "alpha", "beta"):
+        reply = api.call("GET", "/health")
+        assert (reply.status, reply.json["ok"]) == (503, False) and int(reply.headers["retry-after"]) >= 1
     wait_until(lambda: api.call("GET", "/health").status == 200, what="room again")
 
 
-def test_over_its_connections_it_says_so_and_when_to_come_again(start):
+def open_stream(api, reqid):
+    sock = api.connect()
+    send_http(sock, "GET", "/events/" + reqid)
+    return sock, sock.recv(12)
+
+
+@pytest.fixture
+def long_run(deployment):
+    reqid = deployment.control.json("run", "alpha", "sleep", "--async", "--", "600")[1]["reqid"]
+    yield reqid
+    assert deployment.control.run("cancel", reqid).returncode == 0
+
+
+def test_event_streams_have_half_of_the_connections_at_most(start, long_run):
+    with start(ALLOW + "api_max_connections = 6\n") as api:
+        streams = [open_stream(api, long_run) for _ in range(5)]
+        assert [said for _, said in streams] == [b"HTTP/1.1 200"] * 3 + [b"HTTP/1.1 503"] * 2
+        assert api.call("GET", "/health").status == 200
+        streams[0][0].close()
+        streams += [wait_until(lambda: (found := open_stream(api, long_run))[1].endswith(b"200") and found, what="room")]
+        for sock, _ in streams:
+            sock.close()
+
+
+def test_event_streams_go_first_when_connections_are_short(start, long_run):
     with start(ALLOW + "api_max_connections = 3\n") as api:
+        stream, said = open_stream(api, long_run)
+        assert said == b"HTTP/1.1 200"
+        idle = api.connect()
+        send_http(idle, "GET", "/health")
+        assert read_reply(idle)[0] == 200
+        with busy_places(api, "beta"):
+            assert api.call("GET", "/health").status == 200
+            while stream.recv(65536):  # it ends, and its client comes again
+                pass
+            send_http(idle, "GET", "/health")  # who has waited for less is still served
+            assert read_reply(idle)[0] == 200
+        idle.close()
+        stream.close()
+
+
+@pytest.mark.parametrize("path, body", [("/ping", {"hosts": ["a[1-4]"]}), ("/discovery", {}), ("/openapi-live.json", None)])
+def test_what_nobody_waits_for_any_more_is_ended(start, path, body):
+    api = start(ALLOW + "max_parallel = 1\nread_timeout = 3\n", "a1", "a2", "a3", "a4")
+    for host in api.deployment.hosts.values():
+        os.kill(host.process.pid, signal.SIGSTOP)
+        for pid in host.children():
+            os.kill(pid, signal.SIGSTOP)
+    try:
+        with api:
+            with api.connect() as sock:
+                send_http(sock, "GET" if body is None else "POST", path, body)
+            wait_until(lambda: [one for one in api.events("api-request") if "the caller has gone" in one], what="the end")
+            asked = len(api.events("ping")) + len(api.events("discovery"))
+            assert asked < 4 and api.events("bug") == []
+    finally:
+        for host in api.deployment.hosts.values():
+            for pid in [host.process.pid, *host.children()]:
+                os.kill(pid, signal.SIGCONT)
+
+
+def test_over_its_connections_it_says_so_and_when_to_come_again(start):
+    with start(ALLOW + "api_max_connections = 2\n") as api:
         check_refusal(api)
 
 
@@ -700,7 +773,7 @@ def test_sighup_reads_the_configuration_again_and_keeps_it_when_it_is_broken(sta
 
 
 def test_with_a_certificate_it_speaks_tls_to_who_has_none(start):
-    conf = ALLOW + "api_max_connections = 3\n"
+    conf = ALLOW + "api_max_connections = 2\n"
     api = start(conf)
     api.configure(conf + "api_cert = %s\napi_key = %s\n" % (api.config.cert, api.config.key))
     api.tls = support.client_context(ca=api.config.ca)

@@ -172,7 +172,7 @@ def test_busy_and_error_are_told_apart_for_each_host(site, tmp_path):
     wrong = site.control.run("run", "--async", "alpha", "no-such-script")
     gate.touch()
     assert busy.returncode == wrong.returncode == 1
-    assert "==> alpha  [BUSY: single is already running here]" in busy.out
+    assert "==> alpha  [BUSY: single is already running here (request " in busy.out
     assert "==> alpha  [ERROR: script not permitted]" in wrong.out
     assert site.control.run("wait", reqid).returncode == 0
 

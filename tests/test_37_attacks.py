@@ -556,3 +556,100 @@ def test_discovery_says_no_of_a_script_whose_profile_cannot_be_applied(fresh):
     host.start()
     scripts = site.control.json("discovery", "solo")[1]["hosts"]["solo"]["scripts"]
     assert {one["name"]: one["executable"] for one in scripts}["raw"] is False
+
+
+# --- what stands where others may write ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trap", ["link", "fifo", "directory", "endless"])
+def test_a_trap_among_the_records_of_requests_is_named_and_passed_by(deployment, tmp_path, trap):
+    control = deployment.control
+    path = os.path.join(control.config.runs_dir, "abcdef12.json")
+    secret = tmp_path / "secret"
+    secret.write_text('{"reqid": "abcdef12"}')
+    if trap == "link":
+        os.symlink(str(secret), path)
+    elif trap == "fifo":
+        os.mkfifo(path)
+    elif trap == "directory":
+        os.mkdir(path)
+    else:
+        os.symlink("/dev/zero", path)
+    try:
+        for words in (("history",), ("status", "abcdef12"), ("wait", "abcdef12"), ("cancel", "abcdef12")):
+            done = control.run(*words)
+            assert done.returncode == 1 and "abcdef12.json" in done.err and "Traceback" not in done.err, done
+        assert control.run("list-locks").returncode == 0
+    finally:
+        os.rmdir(path) if trap == "directory" else os.unlink(path)
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 400, "Infinity", "-Infinity", "NaN", "1e999"])
+def test_numbers_that_are_none_spoil_their_own_record_only(deployment, number):
+    control = deployment.control
+    path = os.path.join(control.config.runs_dir, "abcdef13.json")
+    hosts = '{"alpha": ["ok", %s, ""]}' % number
+    with open(path, "w") as file:
+        file.write('{"reqid": "abcdef13", "script": "s", "mode": "sync", "username": "", "source_ip": "", '
+                   '"started": "2026-01-01T00:00:00Z", "hosts": %s}' % hosts)  # fmt: skip
+    try:
+        done = control.run("history")
+        assert done.returncode == 1 and "abcdef13.json" in done.err and "Traceback" not in done.err
+    finally:
+        os.unlink(path)
+
+
+def test_a_pairing_request_received_at_no_time_is_named(fresh):
+    control = fresh("solo", start=False).control
+    place = control.config.pairing_dir
+    ctrl_exec.make_directory(place, 0o700)
+    for number, received in enumerate(["1" + "0" * 400, "Infinity"]):
+        with open(os.path.join(place, "abcdef0%d.json" % number), "w") as file:
+            file.write('{"received": %s}' % received)
+    done = control.run("list-requests")
+    assert "abcdef00.json" in done.err and "abcdef01.json" in done.err and "Traceback" not in done.err
+
+
+def test_a_lock_that_is_a_link_to_another_file_is_not_written_over(deployment, tmp_path):
+    control = deployment.control
+    own = tmp_path / "own"
+    own.write_text("of somebody else")
+    own.chmod(0o600)
+    path = ctrl_exec._lock_path(control.config.lock_dir, "alpha", "hello")
+    os.link(str(own), path)
+    try:
+        done = control.run("run", "alpha", "hello")
+        assert done.returncode != 0 and "not a file of its own" in done.err, done
+        assert own.read_text() == "of somebody else" and own.stat().st_mode & 0o777 == 0o600
+    finally:
+        os.unlink(path)
+    assert control.run("run", "alpha", "hello").returncode == 0
+
+
+# --- who holds what ----------------------------------------------------------------------------------------------
+
+
+def test_busy_names_the_request_and_its_user_but_not_those_of_another_dispatcher(two):
+    site, bee = two
+    solo = site["solo"]
+    mine = site.control.json("run", "solo", "sleep", "--async", "--username", "ann", "--", "600")[1]["reqid"]
+    done = site.control.run("run", "solo", "sleep", "--", "1")
+    assert "sleep is already running here (request %s of ann)" % mine in done.out
+    status, answer = support.post(solo.port, bee, "/run", {"script": "sleep", "reqid": "r9", "args": ["1"]})
+    assert status == 409 and answer["error"].endswith("(for dispatcher control)") and mine not in str(answer)
+    shown = site.control.run("list-locks").out
+    assert "request %s (--async): sleep may still run on solo" % mine in shown
+    assert site.control.run("cancel", mine).returncode == 0
+    assert mine not in site.control.run("list-locks").out
+
+
+def test_a_conflict_names_the_request_that_holds_the_lock(deployment):
+    control = deployment.control
+    running = control.spawn("run", "alpha", "sleep", "--username", "ann", "--", "600", stdout=support.subprocess.DEVNULL)
+    reqid = control.wait_for_lock()
+    done = control.run("run", "alpha", "sleep", "--", "1")
+    assert done.returncode == 1 and "alpha:sleep (request %s of ann, since 20" % reqid in done.err
+    shown = json.loads(control.run("run", "alpha", "sleep", "--json", "--", "1").out)
+    assert (shown["error"], shown["conflicts"]) == ("locked", ["alpha:sleep"])
+    wait_until(lambda: control.run("cancel", reqid).returncode == 0, what="the run")
+    running.wait(60)

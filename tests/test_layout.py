@@ -36,7 +36,7 @@ HOMES = {
     },
     "subprocess": {"GROUND": ANY},
     "argparse": {"CLI": ANY},
-    "ctypes": {"JOBS": ANY, "EXECUTOR": set()},  # prctl(2); EXECUTOR imports it once for all its children
+    "ctypes": {"GROUND": ANY, "JOBS": ANY, "EXECUTOR": set()},  # prctl(2); EXECUTOR imports it once for all its children
     # while signing; the demo; GROUND imports it early for a process that gives up root
     "tempfile": {
         "OPENSSL": {"mkdtemp"}, "CLI": {"mkdtemp"}, "GROUND": set(), "MAIN": {"TemporaryDirectory"},
