@@ -101,6 +101,8 @@ MAX_JSON_VALUES = 250_000  # in one message; each costs some 100 bytes, and 5,00
 MAX_ANSWER = 160 * 1024 * 1024  # two streams of 10 MiB of the worst case: 6 bytes of JSON for one, + base64
 MAX_OFFER = 4 * 1024 * 1024  # what a host answers to /capabilities: 1,000 sidecars of a usual size
 MAX_TOGETHER = 192 * 1024 * 1024  # answers of all hosts in memory at once, besides the first MiB of each
+STALL_SECONDS = 2  # in which an answer must grow by STALL_BYTES while others wait for the room that it has
+STALL_BYTES = 128 * 1024
 MAX_REMARK = 1000  # characters of a sentence or a fact in a host's answer
 MAX_OUTCOME = 200  # ... and of what a request's record keeps of it for each host
 MAX_LINE = 64 * 1024  # bytes of a streamed line that are held back until it ends
@@ -4730,38 +4732,62 @@ class Room:
     """The memory that the answers of all hosts may take together."""
 
     def __init__(self, size: int = MAX_TOGETHER) -> None:
+        self._size = size
         self._free = size
         self._kept = 0  # bytes of results that stay until the last one is there
         self._readers: dict = {}  # answers that come now, the eldest first
         self._change = threading.Condition()
+        self.parsing = threading.Lock()  # for as long as a large answer is there twice
 
-    def take(self, reader: object, size: int, deadline: Deadline) -> None:
-        """Room for `size` bytes more of an answer that is being read. The eldest of those that are may go
-        beyond the bound, so that they do not wait for each other.
+    def take(self, answer: "AnswerRoom", size: int, deadline: Deadline) -> None:
+        """Room for `size` bytes more of an answer. The eldest of those that are being read may go beyond the
+        bound when others only wait, so that they do not wait for each other; one that stalls meanwhile loses
+        its place.
 
-        Raises socket.timeout when there is no room in time, and TooLarge when it is needed for results that
-        stay.
+        Raises socket.timeout when there is no room in time, and TooLarge when there will be none.
         """
         with self._change:
-            self._readers.setdefault(reader)
+            self._readers.setdefault(answer)
             while self._free < size:
-                if self._kept:
+                needed = answer.size + size
+                if needed > self._size - self._kept:
                     raise TooLarge("the other results leave no room in memory for its answer")
-                if reader is next(iter(self._readers)):
+                ended = self._size - self._free - sum(one.size for one in list(self._readers))
+                if answer is next(iter(self._readers), None) and needed <= self._size - ended:
                     break
-                if not self._change.wait(max(0, deadline.left())):
+                answer.is_waiting = True
+                if deadline.left() <= 0:
                     raise socket.timeout("timed out")
+                self._change.wait(min(0.5, deadline.left()))
+                self._send_stalled_away()
+            answer.is_waiting = False
+            if answer.is_sent_away:
+                raise TooLarge("its answer came too slowly for one of its size")
             self._free -= size
+            answer.size += size
 
-    def end(self, reader: object) -> None:
-        """The answer is read; what it has taken it has until that is given back."""
+    def _send_stalled_away(self) -> None:
+        """While somebody waits for room: who has it and does not use it?"""
+        for answer in list(self._readers):
+            if answer.has_stalled():
+                del self._readers[answer]
+                self._free += answer.size
+                answer.size = 0
+                answer.send_away()
+        self._change.notify_all()
+
+    def end(self, answer: "AnswerRoom") -> None:
+        """An answer is read; what it has taken it has until it gives that back."""
         with self._change:
-            self._readers.pop(reader, None)
+            self._readers.pop(answer, None)
             self._change.notify_all()
 
-    def give(self, size: int) -> None:
+    def give(self, answer: "AnswerRoom") -> None:
+        """All that an answer has taken is free again."""
         with self._change:
-            self._free += size
+            self._readers.pop(answer, None)
+            self._free += answer.size
+            answer.size = 0
             self._change.notify_all()
 
     def keep(self, size: int) -> None:
@@ -4772,24 +4798,52 @@ class Room:
 
 
 class AnswerRoom:
-    """What one answer has of the room."""
+    """What one answer has of the room, for as long as somebody holds this."""
 
     def __init__(self, room: Room) -> None:
         self._room = room
+        self._looked, self._had = time.monotonic(), 0  # when it was looked at last, and what it had then
         self.size = 0
+        self.is_waiting = False
+        self.is_sent_away = False
+        self.abort: Callable = lambda: None  # ends the connection on which it comes
 
     def take(self, size: int, deadline: Deadline) -> None:
         """Have `size` bytes in all. Raises as `Room.take`."""
-        if size > self.size:
+        if size > self.size or self.is_sent_away:
             self._room.take(self, size - self.size, deadline)
-            self.size = size
 
-    def end(self, is_kept: bool) -> int:
-        """How many bytes stay taken now that the answer is read."""
-        size = self.size if is_kept else 0
-        self._room.give(self.size - size)
+    def parse(self, data: bytes, deadline: Deadline) -> dict:
+        """A whole answer as an object, with room for its texts: Python has four bytes for each character of a
+        text that has one beyond the Basic Multilingual Plane. Raises as `Room.take`, and BadRequest."""
+        if len(data) <= MAX_BODY:
+            return parse_json(data)
+        is_wide = re.search(rb"[\xf0-\xf4]|\\u[dD][89abAB]", data) is not None
+        self.take(len(data) * (4 if is_wide else 1 if data.isascii() and b"\\u" not in data else 2), deadline)
+        with self._room.parsing:
+            return parse_json(data)
+
+    def has_stalled(self) -> bool:
+        """Whether it has hardly grown since it was looked at, some time ago."""
+        if self.is_waiting or time.monotonic() - self._looked < STALL_SECONDS:
+            return False
+        grown, self._looked, self._had = self.size - self._had, time.monotonic(), self.size
+        return 0 < self.size and grown < STALL_BYTES
+
+    def send_away(self) -> None:
+        self.is_sent_away = True
+        self.abort()
+
+    def end(self) -> None:
+        """The answer is read."""
         self._room.end(self)
-        return size
+
+    def give_back(self) -> None:
+        """Nobody wants the answer."""
+        self._room.give(self)
+
+    def __del__(self) -> None:
+        self.give_back()
 
 
 class _Truth:
@@ -4891,11 +4945,29 @@ class Connection:
             answer = read_answer(self._channel, deadline)
             self.is_kept = answer.version == "1.1" and "close" not in answer.headers.get("connection", "")
             data = bytearray()
-            for piece in read_body(self._channel, answer, deadline, limit):
+            for piece in self._read_pieces(answer, deadline, limit, room):
                 data += piece
-                if room is not None and len(data) > MAX_BODY:
-                    room.take(len(data) - MAX_BODY, deadline)
-            return answer.status, parse_json(data)  # with the same distrust as a request
+            if room is None:
+                return answer.status, parse_json(data)  # with the same distrust as a request
+            return answer.status, room.parse(data, deadline)
+
+    def _read_pieces(
+        self, answer: Answer, deadline: Any, limit: int, room: Optional[AnswerRoom]
+    ) -> Iterator[bytes]:
+        """The body of an answer, with room for what is more than a MiB."""
+        total = 0
+        if room is not None:
+            room.abort = lambda: socket.socket.shutdown(self._tls, socket.SHUT_RDWR)
+        try:
+            for piece in read_body(self._channel, answer, deadline, limit):
+                total += len(piece)
+                if room is not None and total > MAX_BODY:
+                    room.take(total - MAX_BODY, deadline)
+                yield piece
+        except (OSError, ValueError):
+            if room is not None and room.is_sent_away:
+                raise TooLarge("its answer came too slowly for one of its size") from None
+            raise
 
     def _encode(self, method: str, path: str, body: Optional[dict], keep: bool) -> bytes:
         return encode_request(method, path, self._name.split()[0], body, keep, self.prove)
@@ -4934,7 +5006,7 @@ class Connection:
             is_whole = answer.headers.get("content-type", "") != EVENT_LINES
             longest = MAX_ANSWER if is_whole else MAX_BODY
             rest = bytearray()
-            for piece in read_body(self._channel, answer, deadline, limit):
+            for piece in self._read_pieces(answer, deadline, limit, room if is_whole else None):
                 rest += piece
                 if b"\n" in piece:
                     *lines, rest = rest.split(b"\n")
@@ -4942,10 +5014,8 @@ class Connection:
                         yield answer.status, parse_json(line)
                 if len(rest) > longest:
                     raise TooLarge("a line of the answer has more than %d bytes" % longest)
-                if room is not None and len(rest) > MAX_BODY:
-                    room.take(len(rest) - MAX_BODY, deadline)
             if rest:
-                yield answer.status, parse_json(rest)
+                yield answer.status, parse_json(rest) if room is None else room.parse(rest, deadline)
 
     def descriptor(self) -> int:
         return self._tls.fileno()
@@ -10292,7 +10362,7 @@ class HostResult(NamedTuple):
     hint: str = ""
     answer: dict = {}  # what the agent said, checked
     note: Optional[Finding] = None  # what was done for it besides
-    size: int = 0  # bytes that the answer has of the client's Room
+    room: Optional[AnswerRoom] = None  # what its output has of the client's Room, while somebody holds it
 
 
 STATES = ("ok", "accepted", "failed", "refused", "busy", "timeout", "unreachable", "unknown")
@@ -10699,8 +10769,7 @@ class HostClient:
         """One request to one host, whatever happens, as a result; `seconds` instead of `read_timeout`.
 
         After a good answer `then(agent, session, is_current)` may go on with the host, and returns the
-        result's note; `is_current`: the agent trusts our present certificate. Who gets the result gives its
-        `size` back to `room`.
+        result's note; `is_current`: the agent trusts our present certificate.
         """
         room = AnswerRoom(self.room)
 
@@ -10717,13 +10786,15 @@ class HostClient:
                     note = then(agent, session, context is self._context)
                 return state, error, answer, note
 
-        has_output = False
         try:
             result = self._judge_safely(agent, reqid, lambda: self._as_known(agent, reqid, exchange))
-            has_output = is_run_answer(result.answer)
         finally:
-            size = room.end(has_output)
-        return result._replace(size=size)
+            room.end()
+        if result.state in ("ok", "failed"):
+            return result._replace(room=room)
+        room.give_back()
+        answer = result.answer  # nobody shows its output
+        return result._replace(answer=without_output(answer) if is_run_answer(answer) else answer)
 
     def _judge_safely(self, agent: Agent, reqid: str, exchange: Callable) -> HostResult:
         """What `exchange()` says, which is (state, error, answer, note), and what went wrong instead."""
@@ -10881,7 +10952,7 @@ class HostClient:
         try:
             return self._judge_safely(agent, reqid, lambda: self._as_known(agent, reqid, exchange))
         finally:
-            room.end(False)
+            room.give_back()
 
 
 # ======================================================================================================
@@ -10906,6 +10977,11 @@ def _update_request(record: RequestRecord, results: list, is_first: bool = False
         hosts[result.host] = Outcome(result.state, exit_status, result.error[:MAX_OUTCOME])
     has_ended = all(outcome.state not in OPEN_STATES for outcome in hosts.values())
     return record._replace(hosts=hosts, finished=record.finished or (iso_time(now()) if has_ended else ""))
+
+
+def _as_noted(result: HostResult) -> HostResult:
+    """A result for the request's record, which keeps no output."""
+    return result._replace(answer=without_output(result.answer), room=None)
 
 
 def _as_ended(result: HostResult) -> HostResult:
@@ -10981,13 +11057,14 @@ class Dispatcher:
                 if result.error:
                     fields["ERROR"] = result.error
                 LOG.event(action, RTT="%dms" % (result.rtt * 1000), **fields)
-                kept += result.size if keep else 0
-                room.keep(result.size if keep else 0)
+                if keep and result.room is not None:
+                    room.keep(result.room.size)
+                    kept += result.room.size
                 yield result
-                room.give(0 if keep else result.size)
+                if not keep and result.room is not None:
+                    result.room.give_back()  # now, and not when the next one is there
         finally:
             room.keep(-kept)
-            room.give(kept)
 
     def ping(
         self, agents: list, reqid: str, then: Optional[Callable] = None, check: Optional[Callable] = None
@@ -11058,7 +11135,7 @@ class Dispatcher:
             try:
                 action = "run" if request.mode != "async" else "run-async"
                 for result in self._each(agents, action, work, keep=keep):
-                    results.append(result._replace(answer=without_output(result.answer)))
+                    results.append(_as_noted(result))
                     yield result
             finally:
                 skipped = Outcome("skipped", -1, "interrupted before anything was sent")
@@ -11173,7 +11250,7 @@ class Dispatcher:
                     error = "its output cannot be had now: " + result.error
                     answer = {"exit": known.exit, **dict.fromkeys(STREAMS, "")}
                     result = result._replace(state=known.state, error=error, answer=answer)
-                results.append(result._replace(answer=without_output(result.answer)))
+                results.append(_as_noted(result))
                 yield result
         finally:
             self._note(record, results)
@@ -14106,7 +14183,7 @@ def _run_on_hosts(args: Any, opened: _Opened, request: RunRequest) -> list:
         if args.json:
             results.append(result)
             continue
-        results.append(result._replace(answer={}))
+        results.append(result._replace(answer={}, room=None))
         if request.mode == "async":
             say(_render_submission(result))
         else:

@@ -235,31 +235,114 @@ def test_a_number_with_hundreds_of_digits_is_none(text):
         ctrl_exec.parse_json(b'{"x":' + text + b"}")
 
 
-def run_for_large_answers(site, lie, keep):
-    """The states of three requests at once to a host that answers 3 MiB, with room for one of them."""
-    lie(lambda *_: (200, done_with({"stdout": "z" * (3 << 20)})))
+def large(**more):
+    return done_with({"stdout": "z" * (3 << 20), **more})
+
+
+@pytest.fixture
+def small_room(pair):
+    """(dispatcher with room for one answer of 3 MiB, three names for the host that lies, start the liar)."""
+    site, lie = pair
     dispatcher = ctrl_exec.Dispatcher(site.control.config)
-    dispatcher.client.room = ctrl_exec.Room(5 << 19)
+    dispatcher.client.room = ctrl_exec.Room(4 << 20)
     agent = ctrl_exec.find_agent(site.control.config.registry_dir, "bad")
-    agents = [agent._replace(name=name) for name in ("one", "two", "three")]
-    request = ctrl_exec.RunRequest("hello", (), ctrl_exec.new_id(), "me")
-    results = list(dispatcher.run(agents, request, keep=keep))
+    return dispatcher, [agent._replace(name=name) for name in ("one", "two", "three")], lie
+
+
+def new_request(**more):
+    return ctrl_exec.RunRequest("hello", (), ctrl_exec.new_id(), "me", **more)
+
+
+def is_empty(dispatcher):
     room = dispatcher.client.room
-    for _ in range(2):  # all of it has been given back: the second reader is not the eldest
-        room.take(object(), 5 << 18, ctrl_exec.Deadline(0.1))
-    return results
+    return (room._free, room._kept, room._readers) == (room._size, 0, {})
 
 
-def test_large_answers_come_one_after_the_other_when_memory_holds_one(pair):
-    assert [result.state for result in run_for_large_answers(*pair, keep=False)] == ["ok"] * 3
+def test_large_answers_come_one_after_the_other_when_memory_holds_one(small_room):
+    dispatcher, agents, lie = small_room
+    lie(lambda *_: (200, large()))
+    states = [result.state for result in dispatcher.run(agents, new_request(), keep=False)]
+    assert states == ["ok"] * 3 and is_empty(dispatcher)
 
 
-def test_results_that_are_kept_together_have_a_bound_together(pair):
-    results = run_for_large_answers(*pair, keep=True)
+def test_results_that_are_kept_together_have_a_bound_together(small_room):
+    dispatcher, agents, lie = small_room
+    lie(lambda *_: (200, large()))
+    results = list(dispatcher.run(agents, new_request()))
     lost = [result for result in results if result.state != "ok"]
-    assert len(lost) in (1, 2)  # the eldest that is being read may go beyond the bound
-    assert {result.state for result in lost} == {"unknown"}
+    assert [result.state for result in lost] == ["unknown"] * 2
     assert all("no room" in result.error and "ced wait" in result.hint for result in lost)
+    del results, lost
+    assert is_empty(dispatcher)
+
+
+@pytest.mark.parametrize(
+    "path, status, more",
+    [
+        ("/run", 500, {"status": "unknown"}), ("/run", 409, {}), ("/run", 403, {}), ("/run", 200, {"exit": -1}),
+        ("/run", 200, {"exit": "x"}), ("/result", 200, {"status": "running"}), ("/result", 404, {}),
+        ("/result", 500, {"status": "unknown"}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_answer_whose_output_nobody_shows_takes_no_room(small_room, path, status, more):
+    dispatcher, agents, lie = small_room
+    lie(lambda asked, _: (status, large(**more)) if asked.startswith(path) else (500, {"status": "unknown"}))
+    request = new_request(retries=1)
+    results = list(dispatcher.run([agents[0]._replace(name="bad")], request, keep=False))
+    record = dispatcher.get_request(request.reqid)
+    record.hosts["bad"] = ctrl_exec.Outcome("unknown")
+    results += list(dispatcher.wait(record, 1))
+    assert all(result.state not in ("ok", "failed") for result in results)
+    assert is_empty(dispatcher)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_results_that_nobody_takes_any_more_give_their_room_back(small_room, keep):
+    dispatcher, agents, lie = small_room
+    lie(lambda *_: (200, large()))
+    results = dispatcher.run(agents, new_request(), keep=keep)
+    state = next(results).state  # and not the result, which would hold its room
+    results.close()
+    assert state == "ok"
+    wait_until(lambda: is_empty(dispatcher), what="the room")
+
+
+def test_a_host_that_stalls_loses_its_room_to_those_that_do_not(pair, small_room):
+    (site, _), (dispatcher, agents, lie) = pair, small_room
+    stalled, over = threading.Event(), threading.Event()
+
+    def serve(raw):
+        context = ctrl_exec.new_server_context(ctrl_exec.agent_identity(site["bad"].config), True)
+        with raw, context.wrap_socket(raw, server_side=True) as tls:
+            ctrl_exec.read_request(ctrl_exec.Channel(tls), ctrl_exec.Deadline(60))
+            tls.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 5000000\r\n\r\n{"stdout":"' + b"z" * (4 << 20))
+            stalled.set()
+            over.wait(60)
+
+    thief = peers.Listener(serve)
+    lie(lambda *_: (200, large()))
+    victims = [agents[0]._replace(port=thief.port)]
+    ended = []
+    waiting = threading.Thread(target=lambda: ended.extend(dispatcher.run(victims, new_request())))
+    waiting.start()
+    assert stalled.wait(60)
+    wait_until(lambda: dispatcher.client.room._free < 1 << 20, what="the theft")
+    request = new_request()._replace(script="context")
+    assert [one.state for one in dispatcher.run([agents[1]], request, keep=False)] == ["ok"]
+    over.set()
+    waiting.join(60)
+    assert [result.state for result in ended] == ["unknown"]
+    ended.clear()
+    thief.close()
+    wait_until(lambda: is_empty(dispatcher), what="the room")
+
+
+def test_a_text_with_wide_characters_counts_as_what_it_takes(small_room):
+    dispatcher, agents, lie = small_room
+    lie(lambda *_: (200, done_with({"stdout": "\U0001f600" + "z" * (3 << 20)})))
+    (result,) = dispatcher.run(agents[:1], new_request())
+    assert result.state == "unknown" and "no room" in result.error and is_empty(dispatcher)
 
 
 def test_a_record_of_very_many_hosts_is_read_back_and_a_larger_one_is_not_written(tmp_path):
