@@ -100,7 +100,9 @@ MAX_CSR = 10 * 1024  # bytes of PEM; RSA-4096 with long names needs 2 KiB
 MAX_JSON_VALUES = 250_000  # in one message; each costs some 100 bytes, and 5,000 scripts described are 40,000
 MAX_ANSWER = 160 * 1024 * 1024  # two streams of 10 MiB of the worst case: 6 bytes of JSON for one, + base64
 MAX_OFFER = 4 * 1024 * 1024  # what a host answers to /capabilities: 1,000 sidecars of a usual size
-MAX_TOGETHER = 192 * 1024 * 1024  # answers of all hosts in memory at once, besides the first MiB of each
+MAX_JSON_VALUES = 250_000  # in one message; each costs some 100 bytes, and 5,000 scripts have 40,000
+# take 230, for a few of its characters have Python keep four bytes of each.
+MAX_TOGETHER = 320 * 1024 * 1024
 STALL_SECONDS = 2  # in which an answer must grow by STALL_BYTES while others wait for the room that it has
 STALL_BYTES = 128 * 1024
 MAX_REMARK = 1000  # characters of a sentence or a fact in a host's answer
@@ -4819,7 +4821,9 @@ class AnswerRoom:
         if len(data) <= MAX_BODY:
             return parse_json(data)
         is_wide = re.search(rb"[\xf0-\xf4]|\\u[dD][89abAB]", data) is not None
-        self.take(len(data) * (4 if is_wide else 1 if data.isascii() and b"\\u" not in data else 2), deadline)
+        width = 4 if is_wide else 1 if data.isascii() and b"\\u" not in data else 2
+        characters = len(data.translate(None, bytes(range(0x80, 0xC0))))  # each begins with another byte
+        self.take(characters * width, deadline)
         with self._room.parsing:
             return parse_json(data)
 
@@ -7551,7 +7555,7 @@ class Custodian:
         """Every task by the name of its operation."""
         return {
             "renew": self.renew, "renew-complete": self.complete, "rotate-serial": self.rotate,
-            "note-clock": self.note_clock, "agree": self.agree,
+            "note-clock": self.note_clock, "agree": self.agree, "prove": self.prove,
         }  # fmt: skip
 
     def note_address(self, request: JobRequest) -> None:
@@ -7691,6 +7695,8 @@ class Custodian:
     def agree(self, request: JobRequest) -> dict:
         """Agree on a secret with a dispatcher that has none yet; args: its public key. This is trust at first
         use: whoever has taken over our front by now can be in between."""
+        if len(request.args) != 1:
+            raise BadRequest("field `exchange` is missing", "exchange")
         key, public = self._openssl.new_exchange()
         try:
             shared = self._openssl.agree(key, request.args[0])
@@ -7706,6 +7712,13 @@ class Custodian:
         edit_request_secrets(self._custody.secrets, edit)
         LOG.event("agree", REQID=request.reqid, DISPATCHER=request.owner)
         return {"status": "ok", "reqid": request.reqid, "exchange": public}
+
+    def prove(self, request: JobRequest) -> dict:
+        """Nothing but what comes before each task: the proof is looked at, and from then on demanded. Raises
+        NotFound when there is no secret here to look at it with."""
+        if request.owner not in load_request_secrets(self._custody.secrets):
+            raise NotFound("no secret is agreed with dispatcher %s here" % request.owner)
+        return {"status": "ok", "reqid": request.reqid}
 
     def note_clock(self, request: JobRequest) -> dict:
         """Keep what a dispatcher's clock has said, for `self-check`; args: the seconds that it is ahead."""
@@ -7950,6 +7963,7 @@ _TASKS = {  # what changes something, by the name of its path: the fields of its
     "renew-complete": (_COMPLETE_FIELDS, ("cert", "ca", "endorsement")),
     "rotate-serial": (_ROTATE_FIELDS, ("action", "serial")),
     "agree": (_AGREE_FIELDS, ("exchange",)),
+    "prove": (_RENEW_FIELDS, ()),
 }
 _ONCE = ("renew-complete", "rotate-serial")  # a run has its request id for that
 
@@ -7980,7 +7994,9 @@ def _note_proof(path: str, job: JobRequest) -> None:
     """From now on nothing is taken from this dispatcher without proof, and this request not again."""
 
     def edit(known: dict) -> None:
-        entry = known[job.owner]
+        entry = known.get(job.owner)
+        if entry is None:
+            raise Denied("dispatcher %s has been paired anew meanwhile" % job.owner)
         if job.operation in _ONCE:
             if job.proof in entry.seen:
                 raise Denied("this request has been made before")
@@ -7998,23 +8014,34 @@ def _note_proof(path: str, job: JobRequest) -> None:
 def _check_proof(config: Config, job: JobRequest) -> None:
     """Before a supervisor acts: does the request come from the dispatcher that the front names, and is it
     the one that the dispatcher has made? Raises Denied, StorageError."""
+    if job.operation == "agree" and config.authenticated_requests == "require":
+        raise Denied(
+            "authenticated_requests = require: pair again, or set prefer until ced maintain has agreed"
+        )
     if job.operation not in _TASKS or job.operation == "agree":
         return
     path = request_secrets_path(config)
     agreed = load_request_secrets(path).get(job.owner)
     if agreed is None or not (agreed.is_used or job.proof):
         if config.authenticated_requests == "require":
-            raise Denied("no secret is agreed with dispatcher %s: pair again, or ced maintain" % job.owner)
+            raise Denied("no secret is agreed with dispatcher %s: pair again" % job.owner)
+        if job.proof:
+            LOG.event("proof-unknown", REQID=job.reqid, DISPATCHER=job.owner)
         return
-    proof = request_proof(agreed.secret, "POST", "/" + job.operation, job.time, job.body.encode("utf-8"))
+    body = job.body.encode("utf-8")
+    proof = request_proof(agreed.secret, "POST", "/" + job.operation, job.time, body)
     if not is_same_secret(proof, job.proof):
         LOG.event("proof-reject", REQID=job.reqid, DISPATCHER=job.owner, PEER=job.peer_ip)
         what = "the request's proof is wrong" if job.proof else "the request is not proved"
         raise Denied("%s: pair again if this host or dispatcher %s was restored" % (what, job.owner))
-    skew = measure_skew(job.time)
-    if skew is None or abs(skew) > config.run_retention_hours * 3600:  # as long as a request id is known
-        raise Denied("the request is not of today: the dispatcher's clock is %s" % describe_skew(skew or 0))
-    asked = read_job(job.operation, job.body.encode("utf-8"))
+    skew = measure_skew(job.time.partition(" ")[0])
+    # A run's id is known for `run_retention_hours` after its end, whatever its request says of the time: with
+    # half of that, a request from a fast clock is too old before its id is forgotten.
+    if skew is None or abs(skew) > config.run_retention_hours * 1800:
+        raise Denied(
+            "the request is too old or too new: the dispatcher's clock is %s" % describe_skew(skew or 0)
+        )
+    asked = read_job(job.operation, body)
     passed_on = job._replace(owner="", peer_ip="", serial="", body="", time="", proof="")
     if asked._replace(reqid=asked.reqid or job.reqid) != passed_on:
         LOG.event("proof-reject", REQID=job.reqid, DISPATCHER=job.owner, PEER=job.peer_ip)
@@ -8069,6 +8096,7 @@ class Front:
             Route("POST", "/renew", self._pass_task),
             Route("POST", "/renew-complete", self._pass_task),
             Route("POST", "/agree", self._pass_task),
+            Route("POST", "/prove", self._pass_task),
             Route("POST", "/rotate-serial", self._rotate),
         )
 
@@ -8487,10 +8515,13 @@ def _check_trust(config: Config) -> list:
         findings, "secrets that prove requests", lambda: load_request_secrets(request_secrets_path(config)),
         "remove it, and pair this host again",
     )  # fmt: skip
-    unproved = {*(trusted or {}).values()} - {*(secrets or {})}
-    if unproved and config.authenticated_requests == "require":
+    unproved = {*(trusted or {}).values()} - {one for one, entry in (secrets or {}).items() if entry.is_used}
+    if unproved and config.authenticated_requests == "prefer":
+        what = "requests of %s need no proof yet (on the control host: ced maintain)"
+        findings.append(Finding("OK", what % ", ".join(sorted(unproved))))
+    elif unproved:
         what = "requests of %s are refused: no secret is agreed" % ", ".join(sorted(unproved))
-        findings.append(Finding("FAIL", what, "on the control host: ced maintain; or pair this host again"))
+        findings.append(Finding("FAIL", what, "pair this host again"))
     clocks = try_check(
         findings,
         "clocks",
@@ -9143,8 +9174,8 @@ def _name_lock_holder(path: str) -> str:
         values = parse_object(read_lock(path) or "", path)
     except (OSError, StorageError):
         return ""
-    texts = [one_line(str(values.get(key, ""))[:256]) for key in ("reqid", "user", "since")]
-    return "request %s of %s, since %s" % tuple(text or "?" for text in texts)
+    words = (("reqid", "request %s"), ("user", " of %s"), ("since", ", since %s"))
+    return "".join(word % one_line(str(values[key])[:256]) for key, word in words if values.get(key))
 
 
 class HostLocks:
@@ -9816,8 +9847,13 @@ def approve_pairing(
         )
         agent = with_certificate(agent, info, name_cas([terms.ca]))
         agent = with_trust(agent, terms.dispatcher_serial)._replace(cas=agent.issuer)
+        former = find_secret(secret_directory(config), name)
         save_secret(secret_directory(config), name, agreed, config.key)
-        save_agent(config.registry_dir, agent)
+        try:
+            save_agent(config.registry_dir, agent)
+        except StorageError:  # the host that had the name goes on
+            save_secret(secret_directory(config), name, former, config.key)
+            raise
         if replaced is not None:
             add_revoked(config.revoked_serials, list_serials(replaced), "replaced: %s" % name)
         proof = (
@@ -10081,6 +10117,7 @@ class PairingSession:
         self._wish = wish
         self._openssl = openssl
         self._deadline = Deadline(seconds)
+        self._began = now()
         identity = agent_identity(config)
         for path in (*identity, config.trusted_dispatchers_path):
             _check_writable(path)
@@ -10103,7 +10140,9 @@ class PairingSession:
         body["time"] = iso_time(now())
         if wish.token:
             body["token_id"] = self._token_id
-        self._lines = self._connection.request_lines("POST", "/pair", body, self._deadline, MAX_PAIRING_BODY)
+        self._lines = self._connection.request_lines(
+            "POST", "/pair", body, self._deadline, limit=MAX_PAIRING_BODY
+        )
         pending = self._next_line()
         if pending is None:
             raise PairingDenied("the dispatcher ended the exchange without an answer")
@@ -10231,6 +10270,7 @@ class PairingSession:
         it cannot put another dispatcher, or another key, in the place of the true one. Raises ValueError."""
         said = parse_certificate(certificate.encode("utf-8")).pairing_proof
         if not said and not exchange and not (self._wish.ca_fingerprint and not self._secret):
+            self._check_new(certificate)
             return  # an older dispatcher, whom a person or a token has proved
         if not said:
             raise ValueError(
@@ -10239,6 +10279,14 @@ class PairingSession:
             )
         if not exchange or not is_same_secret(said, pairing_answer(self._secrets, exchange).hex()):
             raise ValueError("the certificate was issued in another exchange")
+
+    def _check_new(self, certificate: str) -> None:
+        """An earlier certificate of ours, which anybody can see, is no answer. Raises ValueError."""
+        path = self._config.cert
+        if os.path.exists(path):
+            present, info = read_certificate(path), parse_certificate(certificate.encode("utf-8"))
+            if info.serial == present.serial or info.not_before < self._began - MAX_SKEW - BACKDATE_SECONDS:
+                raise ValueError("it is an earlier certificate of this host")
 
     def store(self, decision: dict) -> CertInfo:
         """Put certificate, CA and trust in place, each whole, and say so. Raises PairingDenied, StorageError.
@@ -10281,7 +10329,7 @@ class PairingSession:
 
     def _agree(self, exchange: str) -> str:
         """The secret that the dispatcher has by now; nothing when its release knows of none."""
-        if not exchange:
+        if not exchange or self.legacy:
             return ""
         return request_secret(self._openssl.agree(self._key, exchange), pairing_transcript(self._secrets))
 
@@ -10398,9 +10446,12 @@ def fan_out(
             if agent is None:
                 return
             try:
-                results.put(work(agent))
+                result = work(agent)
             except BaseException as error:
-                results.put(error)  # for the caller, whom a result that never comes would hold for ever
+                result = error  # for the caller, whom a result that never comes would hold for ever
+            if not stopped.is_set():
+                results.put(result)
+            result = None  # so that nobody holds it while this thread works for the next host
 
     try:
         for number in range(min(parallel, len(agents))):
@@ -10422,6 +10473,8 @@ def fan_out(
             yield result
     finally:
         stopped.set()
+        while not results.empty():  # threads that still wait hold the queue, and it would hold its results
+            results.get_nowait()
 
 
 _OUTPUT = (*STREAMS, *(stream + "_base64" for stream in STREAMS))
@@ -10688,6 +10741,10 @@ class HostSession:
         self._connection.close()
         self._connection = self._connect()
 
+    def prove_again(self) -> None:
+        """Go on with what has just been agreed on."""
+        self._renew()
+
     def peer_cert(self) -> Optional[PeerCert]:
         return self._connection.peer_cert()
 
@@ -10744,7 +10801,8 @@ class HostClient:
 
         def prove(method: str, path: str, body: bytes) -> tuple:
             moment = iso_time(now())
-            return moment, request_proof(secret, method, path, moment, body)
+            once = "%s %s" % (moment, new_id(4))  # or two equal requests of one second would be one
+            return once, request_proof(secret, method, path, once, body)
 
         return prove
 
@@ -11633,7 +11691,7 @@ class Caretaker:
             if is_current:
                 self._spread(visit)
                 if self._eager:
-                    self._agree(visit)
+                    self._prove(visit)
             return finding
         except CtrlExecError as error:
             LOG.event("renew", HOST=agent.name, REQID=visit.reqid, ERROR=error.message)
@@ -11728,21 +11786,40 @@ class Caretaker:
         LOG.event("renew-complete", HOST=visit.agent.name, REQID=visit.reqid, SERIAL=info.serial)
         return Finding("OK", "its certificate is renewed until %s" % iso_time(info.not_after)[:10])
 
-    def _agree(self, visit: _Visit) -> None:
-        """Agree on what proves our requests with a host that was paired by an earlier release."""
+    def _prove(self, visit: _Visit) -> None:
+        """See that a host takes our proofs, once and for all; agree on a secret with one that has none.
+        Raises Denied, TrustError."""
         directory, name = secret_directory(self._config), visit.agent.name
-        if find_secret(directory, name):
+        if not find_secret(directory, name) and not self._agree(visit):
             return
+        status, answer = visit.session.request("POST", "/prove", {"reqid": visit.reqid}, visit.deadline)
+        if status == 404 and answer.get("status") == "unknown":  # it was set up anew, or from a backup
+            LOG.event("proof-unknown", HOST=name, REQID=visit.reqid)
+            save_secret(directory, name, "", self._config.key)
+            if self._agree(visit):
+                status, answer = visit.session.request(
+                    "POST", "/prove", {"reqid": visit.reqid}, visit.deadline
+                )
+        if status not in (200, 404):
+            raise Denied(
+                "it does not take our proofs: %s" % quote_refusal(status, answer), 1, "pair it again"
+            )
+
+    def _agree(self, visit: _Visit) -> bool:
+        """Agree on what proves our requests; False with a release that knows of none."""
+        directory, name = secret_directory(self._config), visit.agent.name
         key, public = self._openssl.new_exchange()
         status, answer = visit.ask("/agree", exchange=public)
         if status in (404, 405):  # it runs an older agent
-            return
+            return False
         other = answer.get("exchange")
         if status != 200 or type(other) is not str:
-            raise TrustError("it agreed on no secret: %s" % quote_refusal(status, answer))
+            raise TrustError("it agreed on no secret: %s" % quote_refusal(status, answer), "pair it again")
         secret = request_secret(self._openssl.agree(key, other), public, other)
         save_secret(directory, name, secret, self._config.key)
+        visit.session.prove_again()
         LOG.event("agree", HOST=name, REQID=visit.reqid)
+        return True
 
     # --- what it is to know of dispatchers ---------------------------------------------------------------
 
@@ -12809,6 +12886,21 @@ class _Call:
         self.token = self.fields["token"] or (token.strip() if scheme.lower() == "bearer" else "")
 
 
+class _EventStream:
+    """One of them. A generator that was never begun would not tell of its end."""
+
+    def __init__(self, pieces: Iterator[bytes], note_end: Callable) -> None:
+        self._pieces = pieces
+        self._note_end = note_end
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self._pieces
+
+    def close(self) -> None:
+        self._pieces.close()
+        self._note_end()
+
+
 class _EventStreams:
     """Runs that are shown as they go: at most so many at once, and no longer than the server serves."""
 
@@ -12821,22 +12913,17 @@ class _EventStreams:
         """End those that would go on for ever; who listens goes on at another server."""
         self._stopping.set()
 
-    def start(self, most: int, *what: Any) -> Iterator[bytes]:
+    def start(self, most: int, *what: Any) -> "_EventStream":
         """A stream of server-sent events; `what` as for `_show`. Raises Unavailable."""
-        if self._open >= most:
-            raise Unavailable("%d event streams are open; try again later" % self._open)
-        return self._count(most, what)
-
-    def _count(self, most: int, what: tuple) -> Iterator[bytes]:
         with self._guard:
-            is_one_too_many = self._open >= most  # since it was asked
+            if self._open >= most:
+                raise Unavailable("%d event streams are open; try again later" % self._open)
             self._open += 1
-        try:
-            if not is_one_too_many:
-                yield from self._show(*what)
-        finally:
-            with self._guard:
-                self._open -= 1
+        return _EventStream(self._show(*what), self._end_one)
+
+    def _end_one(self) -> None:
+        with self._guard:
+            self._open -= 1
 
     def _show(
         self, call: _Call, dispatcher: Dispatcher, record: RequestRecord, places: _Places
@@ -13670,7 +13757,7 @@ def cmd_list_locks(args: Any, config: Config) -> int:
     if args.json:
         _say_json({"ok": True, "locks": locks})
         return 0
-    keys = ("host", "script", "reqid", "user", "pid", "since")
+    keys = ("host", "script", "reqid", "pid", "since", "user")
     say(
         _render_table(
             tuple(key.upper() for key in keys), [tuple(lock.get(key, "-") for key in keys) for lock in locks]

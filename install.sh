@@ -517,11 +517,20 @@ def rights_of_api():
     yield "InaccessiblePaths=" + " ".join(map(quoted, hidden))
 
 
+def rights_of_maintain():
+    """Lines of its unit: what it may write."""
+    files = (config.ca, config.cert, config.key, config.revoked_serials, ctrl_exec.rotation_path(config))
+    places = {os.path.dirname(path) for path in files} | {config.registry_dir, ctrl_exec.secret_directory(config)}
+    places.add(config.default_path(ctrl_exec.VAR))
+    yield "ReadWritePaths=" + " ".join(map(quoted, sorted(places)))
+
+
 answers = {
     "valid": tuple,
     "directories": directories,
     "files-of-api": files_of_api,
     "rights-of-api": rights_of_api,
+    "rights-of-maintain": rights_of_maintain,
     "key": lambda: [config.key],
     "port-of-agent": lambda: listen(config.bind, config.port),
     "port-of-api": lambda: listen(config.api_bind, config.api_port),
@@ -744,6 +753,7 @@ install_timer() { # NAME
 }
 
 render_service_maintain() {
+    rights=$(ask_dispatcher rights-of-maintain)
     cat <<END
 # Certificates of a ctrl-exec control host, renewed in time; $mark, which replaces it.
 [Unit]
@@ -758,6 +768,21 @@ ExecStart=$prefix/bin/ced maintain --if-due
 SuccessExitStatus=1
 # Thousands of hosts that do not answer take an hour. Nothing is lost when it ends: the next turn goes on.
 TimeoutStartSec=4h
+# It reads what every host answers, beside the key of the CA: it can do nothing but what it is for.
+ProtectSystem=strict
+$rights
+ProtectHome=yes
+PrivateTmp=yes
+PrivateDevices=yes
+NoNewPrivileges=yes
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectControlGroups=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
+RestrictNamespaces=yes
+LockPersonality=yes
+CapabilityBoundingSet=CAP_CHOWN CAP_DAC_OVERRIDE CAP_FOWNER
+SystemCallArchitectures=native
 END
 }
 

@@ -499,7 +499,7 @@ def test_a_lock_is_held_from_start_to_last_result_and_then_gone(pair, tmp_path):
         ("left", "gate", process.pid), ("right", "gate", process.pid)
     ]  # fmt: skip
     table = pair.control.run("list-locks").out.splitlines()
-    assert table[0].split() == ["HOST", "SCRIPT", "REQID", "PID", "SINCE"]
+    assert table[0].split() == ["HOST", "SCRIPT", "REQID", "PID", "SINCE", "USER"]
     assert [line.split()[:2] for line in table[2:]] == [["left", "gate"], ["right", "gate"]]
     status, result = end_gate(process, gate)
     assert status == 0 and {lock["reqid"] for lock in shown["locks"]} == {result["reqid"]}

@@ -1914,3 +1914,43 @@ def test_what_faces_the_pairing_port_gains_no_privileges(new_desk):
         pids = [one.pid for one in ctrl_exec.list_processes() if one.parent == desk.process.pid]
         return [pid for pid in pids if "NoNewPrivs:\t1" in text_of("/proc/%d/status" % pid)]
     support.wait_until(fronts, what="the front")
+
+
+def test_an_earlier_certificate_of_the_host_is_no_answer(shared, impostor, tmp_path):
+    host = new_host(tmp_path, "earlier")
+    ctrl_exec.new_key_file(OPENSSL, host.config.key, "ec")
+    csr = OPENSSL.new_request(host.config.key, "earlier")
+    ca = shared.config.ca
+    known = OPENSSL.sign(csr, "earlier", "agent", 99, ca, ctrl_exec.ca_key_path(ca))  # as a renewal made it
+    ctrl_exec.write_atomic(host.config.cert, known.encode())
+    ctrl_exec.write_atomic(host.config.ca, ctrl_exec.read_file(ca))
+
+    def answer(path, body):
+        if path != "/pair/reveal":
+            return body
+        return {key: value for key, value in dict(body, cert=known).items() if key != "exchange"}
+
+    with Middleman(impostor, shared.port, answer=answer) as relay:
+        attempt = Attempt(host, relay.port)
+        shared.approve("earlier")
+        with pytest.raises(ctrl_exec.PairingDenied, match="earlier certificate"):
+            attempt.store()
+    assert agreed(host) == {}
+
+
+def test_a_replacement_that_cannot_be_registered_leaves_the_former_secret(shared, tmp_path, monkeypatch):
+    host = new_host(tmp_path, "kept")
+    for number in range(2):
+        attempt = Attempt(host, shared.port)
+        if number:
+            def full(*_):
+                raise ctrl_exec.StorageError("no room")
+            monkeypatch.setattr(ctrl_exec, "save_agent", full)
+            with pytest.raises(ctrl_exec.StorageError):
+                shared.approve("kept", replace=True)
+            attempt.leave()
+        else:
+            shared.approve("kept")
+            attempt.store()
+            before = ctrl_exec.find_secret(ctrl_exec.secret_directory(shared.config), "kept")
+    assert before == ctrl_exec.find_secret(ctrl_exec.secret_directory(shared.config), "kept") != ""

@@ -563,7 +563,7 @@ def test_a_silent_run_gives_signs_of_life_and_a_listener_who_goes_ends_the_follo
             ended.set()
         yield
 
-    stream = stream_of(Played(play), "a")
+    stream = iter(stream_of(Played(play), "a"))
     assert [next(stream) for _ in range(3)] == [b"retry: 1000\n\n", b": beat\n\n", b": beat\n\n"]
     stream.close()
     assert ended.wait(60)
@@ -578,7 +578,7 @@ def test_a_slow_listener_holds_back_no_more_than_a_bounded_number_of_pieces(api)
             shown.append(number)
         yield from ()
 
-    stream = stream_of(Played(play), "a")
+    stream = iter(stream_of(Played(play), "a"))
     next(stream)
     next(stream)
     wait_until(lambda: len(shown) >= ctrl_exec.FEED_ITEMS, what="a full feed")
@@ -596,7 +596,7 @@ def test_a_bug_ends_the_stream_without_a_word_to_the_listener(api, tmp_path, mon
         raise KeyError("secret")
         yield
 
-    stream = stream_of(Played(play), "a")
+    stream = iter(stream_of(Played(play), "a"))
     assert list(stream) == [b"retry: 1000\n\n"]
     assert "ACTION=bug" in (tmp_path / "log").read_text()
 

@@ -216,7 +216,7 @@ def test_a_lock_held_by_another_request_is_the_promised_object(ced, site):
         assert (answer["code"], sorted(answer["conflicts"])) == (4, ["one:hello", "two:hello"])
         status, out, err = ced("run", "one", "hello")
         assert (status, out) == (1, "")
-        assert err.startswith("ced: locked: one:hello\n")
+        assert err.startswith("ced: locked: one:hello (request feed, since ")
         _, out, _ = ced("list-locks", "--json")
         assert sorted(lock["host"] for lock in json.loads(out)["locks"]) == ["one", "two"]
         _, out, _ = ced("list-locks")

@@ -180,7 +180,7 @@ def test_every_foreseen_failure_ends_with_its_own_status_and_its_message(capfdbi
     for kind in _subclasses(ctrl_exec.CtrlExecError):
         if not kind.__module__.startswith("ctrl_exec"):
             continue
-        error = kind(("a:b",)) if kind is ctrl_exec.Locked else kind("what went wrong\x1b[31m")
+        error = kind({"a:b": ""}) if kind is ctrl_exec.Locked else kind("what went wrong\x1b[31m")
         error.hint = "what to do"
         status, out, err = run_main(capfdbinary, *failing(error))
         assert (status, out) == (kind.exit_code, "")

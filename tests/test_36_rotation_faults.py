@@ -118,7 +118,7 @@ def test_a_year_of_maintain_loses_no_host(tmp_path):
     well(ced(control, "setup-ctrl-exec", clock=start))
     with clock_ahead(start):
         for name in ("one", "two", "three"):
-            site.add(name).configure("run_retention_hours = 9600\n")  # no clock is too far from ours
+            site.add(name).configure("run_retention_hours = 19200\n")  # no clock is too far from ours
     serials, away, renewed = [control.serial()], {}, set()
     with site:
         days = 0

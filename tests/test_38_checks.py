@@ -270,7 +270,7 @@ def test_the_service_user_may_write_where_the_api_does_and_nowhere_else(site, mo
     monkeypatch.setattr(
         ctrl_exec, "find_user", lambda name: api if name == ctrl_exec.DISPATCHER_USER else None
     )
-    for path in (config.runs_dir, first_of(config.runs_dir), config.lock_dir, config.pairing_dir):
+    for path in (config.runs_dir, first_of(config.runs_dir), config.lock_dir):
         os.chown(path, STRANGER, STRANGER)
         os.chmod(path, 0o770)
     assert amiss(control_places(site)) == []
@@ -379,10 +379,10 @@ def as_nobody(work):
 @needs_root
 def test_what_the_program_makes_for_a_user_without_rights_is_sound(site, monkeypatch):
     config = site.control.config
-    for path in (config.runs_dir, config.lock_dir, config.pairing_dir):
+    for path in (config.runs_dir, config.lock_dir):
         os.chown(path, STRANGER, STRANGER)
         os.chmod(path, 0o2770)
-    assert len(amiss(control_places(site))) == 3
+    assert len(amiss(control_places(site))) == 2
     with monkeypatch.context() as patch:
         patch.setattr(ctrl_exec, "find_user", lambda name: None)
         patch.setattr(ctrl_exec.os, "geteuid", lambda: STRANGER)
