@@ -100,8 +100,8 @@ MAX_CSR = 10 * 1024  # bytes of PEM; RSA-4096 with long names needs 2 KiB
 MAX_JSON_VALUES = 250_000  # in one message; each costs some 100 bytes, and 5,000 scripts described are 40,000
 MAX_ANSWER = 160 * 1024 * 1024  # two streams of 10 MiB of the worst case: 6 bytes of JSON for one, + base64
 MAX_OFFER = 4 * 1024 * 1024  # what a host answers to /capabilities: 1,000 sidecars of a usual size
-MAX_JSON_VALUES = 250_000  # in one message; each costs some 100 bytes, and 5,000 scripts have 40,000
-# take 230, for a few of its characters have Python keep four bytes of each.
+# Answers of all hosts in memory at once, besides the first MiB of each. As text, two streams of 10 MiB of
+# noise take 230: a few wide characters have Python keep four bytes of each.
 MAX_TOGETHER = 320 * 1024 * 1024
 STALL_SECONDS = 2  # in which an answer must grow by STALL_BYTES while others wait for the room that it has
 STALL_BYTES = 128 * 1024
