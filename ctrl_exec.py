@@ -3813,28 +3813,36 @@ class Channel:
 # --- JSON -----------------------------------------------------------------------------------------------
 
 
+def _find_structure_fault(data: bytes) -> str:
+    brackets = data.count(b"[") + data.count(b"{")
+    if brackets <= MAX_JSON_DEPTH and data.count(b",") <= MAX_JSON_VALUES:
+        return ""
+    too_many = "the JSON has more than %d values" % MAX_JSON_VALUES
+    pieces = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    if pieces.count(b'"') > 4 * MAX_JSON_VALUES:  # a name and a value have four
+        return too_many
+    structure = b"".join(pieces.split(b'"')[0::2])
+    if sum(map(structure.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
+        return too_many
+    depth = 0
+    for byte in re.findall(rb"[][{}]", structure):
+        depth += 1 if byte in (b"[", b"{") else -1
+        if depth > MAX_JSON_DEPTH:
+            return "the JSON is nested deeper than %d levels" % MAX_JSON_DEPTH
+    return ""
+
+
 def check_json_structure(data: bytes) -> None:
     """Raise BadRequest when brackets nest too deep, or there are more values than any message of ours has:
     before the parser, whose limit is its C stack, and which makes an object of every value.
 
     In steps that are linear in time and copy the data a few times at most: escapes go, so that every quote
-    that is left begins or ends a string; every second piece between quotes is then outside of strings.
+    that is left begins or ends a string; every second piece between quotes is then outside of strings. None
+    of the copies is in a frame that raises, or its traceback would hold them.
     """
-    brackets = data.count(b"[") + data.count(b"{")
-    if brackets <= MAX_JSON_DEPTH and data.count(b",") <= MAX_JSON_VALUES:
-        return
-    pieces = data.replace(b"\\\\", b"").replace(b'\\"', b"")
-    too_many = BadRequest("the JSON has more than %d values" % MAX_JSON_VALUES)
-    if pieces.count(b'"') > 4 * MAX_JSON_VALUES:  # a name and a value have four
-        raise too_many
-    structure = b"".join(pieces.split(b'"')[0::2])
-    if sum(map(structure.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
-        raise too_many
-    depth = 0
-    for byte in re.findall(rb"[][{}]", structure):
-        depth += 1 if byte in (b"[", b"{") else -1
-        if depth > MAX_JSON_DEPTH:
-            raise BadRequest("the JSON is nested deeper than %d levels" % MAX_JSON_DEPTH)
+    fault = _find_structure_fault(data)
+    if fault:
+        raise BadRequest(fault)
 
 
 def _unique_fields(pairs: list) -> dict:
@@ -4951,9 +4959,11 @@ class Connection:
             data = bytearray()
             for piece in self._read_pieces(answer, deadline, limit, room):
                 data += piece
-            if room is None:
-                return answer.status, parse_json(data)  # with the same distrust as a request
-            return answer.status, room.parse(data, deadline)
+            try:  # with the same distrust as a request
+                parsed = parse_json(data) if room is None else room.parse(data, deadline)
+            finally:
+                data.clear()  # what an error's traceback holds
+            return answer.status, parsed
 
     def _read_pieces(
         self, answer: Answer, deadline: Any, limit: int, room: Optional[AnswerRoom]

@@ -737,3 +737,22 @@ def test_a_conflict_names_the_request_that_holds_the_lock(deployment):
     assert (shown["error"], shown["conflicts"]) == ("locked", ["alpha:sleep"])
     wait_until(lambda: control.run("cancel", reqid).returncode == 0, what="the run")
     running.wait(60)
+
+
+def test_masses_of_values_that_come_again_and_again_are_not_kept():
+    code = (
+        "import re, sys; sys.path.insert(0, sys.argv[1]); import ctrl_exec\n"
+        "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) // 1024\n"
+        "answer = ctrl_exec.AnswerRoom(ctrl_exec.Room())\n"
+        "def refuse():\n"
+        "    try:\n"
+        "        answer.parse(bytearray(b'1,' * (8 << 20)), ctrl_exec.Deadline(9))\n"
+        "    except ctrl_exec.BadRequest:\n"
+        "        return peak()\n"
+        "first = refuse()\n"
+        "print(max(refuse() for _ in range(8)) - first)"
+    )
+    words = [support.sys.executable, "-I", "-c", code, os.path.dirname(support.PROGRAM)]
+    done = support.subprocess.run(words, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 20  # MiB; the copies of one answer are 48
