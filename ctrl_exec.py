@@ -2031,7 +2031,7 @@ SETTINGS = (
         "authenticated_requests",
         parse_choice("prefer", "require"),
         "prefer",
-        "require: refuse dispatchers with whom no secret is agreed (they pair again, or run ced maintain)",
+        "require: refuse dispatchers with whom no secret is agreed; it is agreed by pairing again",
     ),  # fmt: skip
     Setting("agent", "stdin_timeout", parse_positive, "10", "seconds a script has to read its request"),
     Setting("agent", "runs_dir", parse_path, AGENT_VAR + "/runs", "run records", "async_runs_dir"),

@@ -1145,7 +1145,7 @@ def test_an_agent_with_commitment_is_served_with_one_also_where_older_ones_are(n
     assert attempt.store().names == ("newer",)
 
 
-def legacy_dispatcher(control, silent=False):
+def legacy_dispatcher(control, silent=False, **more):
     terms = ctrl_exec.build_terms(control.config, OPENSSL, "")
 
     def chunk(value):
@@ -1162,7 +1162,7 @@ def legacy_dispatcher(control, silent=False):
         ca_key = ctrl_exec.ca_key_path(control.config.ca)
         cert = OPENSSL.sign(offer["csr"], offer["hostname"], "agent", 365, control.config.ca, ca_key)
         body = {"status": "approved", "cert": cert, "ca": terms.ca, "nonce": offer["nonce"]}
-        body.update(dispatcher_serial=terms.dispatcher_serial.upper(), dispatcher_id="old-control")
+        body.update(dispatcher_serial=terms.dispatcher_serial.upper(), dispatcher_id="old-control", **more)
         sock.sendall(chunk(body) + b"0\r\n\r\n")
         read_http_request(sock)
 
@@ -1839,6 +1839,14 @@ def test_an_agent_of_an_older_release_is_paired_without_a_secret(shared, tmp_pat
         status, _, reply = support.read_reply(sock)
     assert json.loads(reply)["status"] == "approved" and "exchange" not in json.loads(reply)
     assert ctrl_exec.find_secret(ctrl_exec.secret_directory(shared.config), "older-agent") == ""
+
+
+def test_a_key_in_a_legacy_decision_is_not_looked_at(template, impostor, tmp_path):
+    host = new_host(tmp_path, "legacy-key")
+    with FakeServer(impostor, legacy_dispatcher(template, exchange=OPENSSL.new_exchange()[1])) as server:
+        agent = start_request(host, server.port, "--allow-legacy")
+        assert agent.wait(60) == 0, text_of(agent.said)
+    assert agreed(host) == {}
 
 
 # --- the queue, and those who crowd it -----------------------------------------------------------------------
