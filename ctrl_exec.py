@@ -11116,9 +11116,10 @@ class Dispatcher:
         self, agents: list, action: str, work: Callable, parallel: int = 0, keep: bool = True,
         check: Optional[Callable] = None,
     ) -> Iterator[HostResult]:  # fmt: skip
-        """`keep`: the caller keeps all results, and not each until it asks for the next. `check`: see
-        `fan_out`."""
-        kept, room = 0, self.client.room
+        """`keep`: the caller keeps all results, in whatever form, and not each until it asks for the next.
+        `check`: see `fan_out`."""
+        room = self.client.room
+        kept: list = []  # what the caller may have made of a result is as large
         try:
             for result in fan_out(agents, work, parallel or self._config.max_parallel, check):
                 fields = {"REQID": result.reqid, "HOST": result.host, "STATE": result.state}
@@ -11127,12 +11128,12 @@ class Dispatcher:
                 LOG.event(action, RTT="%dms" % (result.rtt * 1000), **fields)
                 if keep and result.room is not None:
                     room.keep(result.room.size)
-                    kept += result.room.size
+                    kept.append(result.room)
                 yield result
                 if not keep and result.room is not None:
                     result.room.give_back()  # now, and not when the next one is there
         finally:
-            room.keep(-kept)
+            room.keep(-sum(one.size for one in kept))
 
     def ping(
         self, agents: list, reqid: str, then: Optional[Callable] = None, check: Optional[Callable] = None

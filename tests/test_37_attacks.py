@@ -274,6 +274,8 @@ def test_results_that_are_kept_together_have_a_bound_together(small_room):
     assert all("no room" in result.error and "ced wait" in result.hint for result in lost)
     del results, lost
     assert is_empty(dispatcher)
+    texts = [result.answer.get("stdout") for result in dispatcher.run(agents, new_request())]  # as the API does
+    assert sorted(map(bool, texts)) == [False, False, True] and is_empty(dispatcher)
 
 
 @pytest.mark.parametrize(
