@@ -754,9 +754,8 @@ def read_file(path: str, limit: int = MAX_STATE_FILE, follow: bool = True) -> by
 def read_text(path: str, limit: int = MAX_STATE_FILE, follow: bool = True) -> str:
     """`read_file` as UTF-8. Raises StorageError when it is not."""
     try:
-        return read_file(path, limit, follow).decode(
-            "utf-8-sig"
-        )  # an editor of another system may begin with a mark
+        # An editor of another system may begin with a mark.
+        return read_file(path, limit, follow).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise StorageError("%s: not UTF-8 at byte %d" % (path, error.start)) from error
 
@@ -1211,13 +1210,10 @@ class FileLock:
                     raise StorageError(message) from error
                 time.sleep(pause)
         status = os.fstat(descriptor)
-        if (
-            not stat.S_ISREG(status.st_mode) or status.st_nlink > 1
-        ):  # a link to another file, to be written over
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:  # a link to what we would write over
             os.close(descriptor)
-            raise StorageError(
-                "%s is not a file of its own" % self.path, "remove it: a lock is made when needed"
-            )
+            hint = "remove it: a lock is made when needed"
+            raise StorageError("%s is not a file of its own" % self.path, hint)
         if status.st_uid == os.geteuid() and self._mode & ~status.st_mode:
             os.fchmod(descriptor, self._mode)
         return descriptor
@@ -10737,23 +10733,20 @@ class HostSession:
         """As `Connection.request`."""
         was_used, self._is_used = self._is_used, True
         if was_used and not self._connection.is_kept:
-            self._renew()
+            self.renew()
             was_used = False
         try:
             return self._connection.request(method, path, body, deadline, True, limit, room)
         except TransportError as error:
             if not was_used or error.state == "timeout":
                 raise
-            self._renew()
+            self.renew()
         return self._connection.request(method, path, body, deadline, True, limit, room)
 
-    def _renew(self) -> None:
+    def renew(self) -> None:
+        """Go on over another connection."""
         self._connection.close()
         self._connection = self._connect()
-
-    def prove_again(self) -> None:
-        """Go on with what has just been agreed on."""
-        self._renew()
 
     def peer_cert(self) -> Optional[PeerCert]:
         return self._connection.peer_cert()
@@ -11828,7 +11821,7 @@ class Caretaker:
             raise TrustError("it agreed on no secret: %s" % quote_refusal(status, answer), "pair it again")
         secret = request_secret(self._openssl.agree(key, other), public, other)
         save_secret(directory, name, secret, self._config.key)
-        visit.session.prove_again()
+        visit.session.renew()  # from here on with proofs
         LOG.event("agree", HOST=name, REQID=visit.reqid)
         return True
 

@@ -752,6 +752,25 @@ install_timer() { # NAME
     fi
 }
 
+# What the services of a control host have in common: they change nothing but their own files.
+render_confinement() { # RIGHTS
+    cat <<END
+ProtectSystem=strict
+$1
+ProtectHome=yes
+PrivateTmp=yes
+PrivateDevices=yes
+NoNewPrivileges=yes
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectControlGroups=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
+RestrictNamespaces=yes
+LockPersonality=yes
+SystemCallArchitectures=native
+END
+}
+
 render_service_maintain() {
     rights=$(ask_dispatcher rights-of-maintain)
     cat <<END
@@ -769,20 +788,8 @@ SuccessExitStatus=1
 # Thousands of hosts that do not answer take an hour. Nothing is lost when it ends: the next turn goes on.
 TimeoutStartSec=4h
 # It reads what every host answers, beside the key of the CA: it can do nothing but what it is for.
-ProtectSystem=strict
-$rights
-ProtectHome=yes
-PrivateTmp=yes
-PrivateDevices=yes
-NoNewPrivileges=yes
-ProtectKernelTunables=yes
-ProtectKernelModules=yes
-ProtectControlGroups=yes
-RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
-RestrictNamespaces=yes
-LockPersonality=yes
+$(render_confinement "$rights")
 CapabilityBoundingSet=CAP_CHOWN CAP_DAC_OVERRIDE CAP_FOWNER
-SystemCallArchitectures=native
 END
 }
 
@@ -936,21 +943,9 @@ $(render_restarts ctrl-exec-api +)
 # It finishes what it is answering: connect_timeout and read_timeout together, and some air.
 TimeoutStopSec=90
 # An auth hook runs in here, too: what it needs beyond this, \`systemctl edit\` can give.
-ProtectSystem=strict
-$rights
-ProtectHome=yes
-PrivateTmp=yes
-PrivateDevices=yes
-NoNewPrivileges=yes
-ProtectKernelTunables=yes
-ProtectKernelModules=yes
-ProtectControlGroups=yes
-RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
-RestrictNamespaces=yes
+$(render_confinement "$rights")
 RestrictSUIDSGID=yes
-LockPersonality=yes
 CapabilityBoundingSet=
-SystemCallArchitectures=native
 
 [Install]
 WantedBy=multi-user.target
