@@ -6479,15 +6479,19 @@ def _acquire_slot(rules: JobRules, name: str) -> Optional[FileLock]:
 
 
 def _name_holder(rules: JobRules, script: Script, owner: str) -> str:
-    """Whose run has a script's lock, in words; of another dispatcher's there is its name alone."""
-    for store in (rules, _spare_rules(rules)):
-        directory = rules.locks_dir if store is rules else os.path.join(rules.spare_dir, "locks")
-        holder, _, reqid = (read_lock(os.path.join(directory, script.name + ".0")) or "").partition(" ")
-        if holder != owner and HOST_NAME.fullmatch(holder):
-            return " (for dispatcher %s)" % holder
-        record = find_record(store.store, owner, reqid) if holder and REQUEST_ID.fullmatch(reqid) else None
-        if record is not None:
-            return " (request %s of %s)" % (reqid, one_line(record.username) or "nobody named")
+    """Whose run has a script's lock, in words; of another dispatcher's there is its name alone. What cannot
+    be read is not named."""
+    spare_locks = os.path.join(rules.spare_dir, "locks")
+    try:
+        for store, locks in ((rules.store, rules.locks_dir), (_spare_rules(rules).store, spare_locks)):
+            holder, _, reqid = (read_lock(os.path.join(locks, script.name + ".0")) or "").partition(" ")
+            if holder != owner and HOST_NAME.fullmatch(holder):
+                return " (for dispatcher %s)" % holder
+            record = find_record(store, owner, reqid) if holder and REQUEST_ID.fullmatch(reqid) else None
+            if record is not None:
+                return " (request %s of %s)" % (reqid, one_line(record.username) or "nobody named")
+    except (OSError, StorageError):
+        pass
     return ""
 
 
@@ -6505,7 +6509,9 @@ def _take_slot(rules: JobRules, script: Script, request: JobRequest) -> FileLock
                 lock.release()
                 raise
         return lock
-    raise Busy("%s is already running here%s" % (script.name, _name_holder(rules, script, request.owner)))
+    holder = _name_holder(rules, script, request.owner)
+    hint = "max_running in scripts.conf allows more at once"
+    raise Busy("%s is already running here%s" % (script.name, holder), hint)
 
 
 def _time_limit(rules: JobRules, script: Script, asked: int) -> int:

@@ -729,6 +729,22 @@ def test_busy_names_the_request_and_its_user_but_not_those_of_another_dispatcher
     assert mine not in site.control.run("list-locks").out
 
 
+def test_a_busy_script_is_busy_also_when_its_record_cannot_be_read(fresh):
+    site = fresh()
+    solo = site["solo"]
+    reqid = site.control.json("run", "solo", "sleep", "--async", "--", "600")[1]["reqid"]
+    path = os.path.join(solo.config.runs_dir, "control", reqid + ".json")
+    with open(path) as file:
+        text = file.read()
+    with open(path, "w") as file:
+        file.write("{")
+    done = site.control.run("run", "solo", "sleep", "--", "1")
+    assert done.returncode == 1 and "busy: sleep is already running here\n" in done.out, done
+    with open(path, "w") as file:
+        file.write(text)
+    assert site.control.run("cancel", reqid).returncode == 0
+
+
 def test_a_conflict_names_the_request_that_holds_the_lock(deployment):
     control = deployment.control
     running = control.spawn("run", "alpha", "sleep", "--username", "ann", "--", "600", stdout=support.subprocess.DEVNULL)
